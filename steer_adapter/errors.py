@@ -1,0 +1,41 @@
+"""The errors of this package. Each message says what was received, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class SteerError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SteerError):
+    """A [`SteerConfig`] (or a saved one) holds a value that can't be used."""
+
+
+class ModelError(SteerError):
+    """A model can't be steered as asked: no decoder layers, another shape, a layer out of range."""
+
+
+class VectorError(SteerError):
+    """A steering vector, or a file that should hold one, is missing, damaged or not finite."""
+
+
+class AdapterNameError(SteerError):
+    """An adapter was named that the model does not have."""
+
+
+class DataError(SteerError):
+    """Preference pairs that can't be trained on."""
+
+
+class OutputError(SteerError):
+    """A result can't be written where it was asked for."""
+
+
+class MissingExtraError(SteerError, ImportError):
+    """A feature needs an optional dependency that is not installed."""
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'steer-adapter[{extra}]'"
+        )

@@ -1,0 +1,315 @@
+"""The tuner: puts a [`SteerLayer`] on each steered decoder layer, and keeps its hands off every other adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from steer_adapter.decoder import Decoder, find_decoder, text_config
+from steer_adapter.errors import ConfigError, ModelError, SteerError, VectorError
+
+from .config import SteerConfig
+from .layer import SteerLayer
+from .saved import check_tensors, checkpoint_key, match_by_layer
+
+
+class SteerModel(BaseTuner):
+    """
+    Steers a model with vectors added to the output of its decoder layers (CAA, arXiv 2312.06681; BiPO, arXiv
+    2406.00045). No weight of the model changes, and no module is renamed or replaced.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to steer, or a [`~peft.PeftModel`] around it.
+        config ([`SteerConfig`]): The configuration of the vector.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
+            Create the vectors on the meta device, to be replaced by loaded ones.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from steer_adapter import SteerConfig
+
+        >>> model = get_peft_model(model, SteerConfig(layers_to_transform=15, task_type="CAUSAL_LM"))
+        >>> model.set_multiplier(2.0)
+        ```
+    """
+
+    prefix: str = "steer_"
+    tuner_layer_cls = SteerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: SteerConfig | dict[str, SteerConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._targets: dict[str, int] = {}
+        # On a transformers model all adapters share one dict; around another tuner, each keeps its own.
+        books = getattr(model, "peft_config", None)
+        known = dict(books) if isinstance(books, dict) else None
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except Exception:
+            if isinstance(books, dict):
+                books.clear()
+                books.update(known or {})
+            raise
+        if _is_tuned(model):
+            model.peft_config = books
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft_config" and _is_tuned(self.model):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+    ###########
+    # Strength #
+    ###########
+
+    def set_multiplier(self, value: float, adapter_name: str | None = None) -> None:
+        """See [`steer_adapter.set_multiplier`]."""
+        from .strength import set_multiplier
+
+        set_multiplier(self, value, adapter_name)
+
+    #############
+    # Injection #
+    #############
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        given = self.peft_config[adapter_name]
+        is_first = not any(True for _ in self._steer_layers())
+        # A copy is filled in: the caller's config can be used for another model.
+        self.peft_config[adapter_name], self._targets = _resolve(given, model)
+        if state_dict is not None:
+            state_dict = {key.replace(".steering.steer_", ".steer_"): value for key, value in state_dict.items()}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            self.peft_config[adapter_name] = given
+            raise
+        if is_first and not given.inference_mode:
+            # PEFT restores what was trainable before, so a LoRA below would be trained along.
+            self._freeze_all_but_vectors(model)
+
+    def _prepare_adapter_config(self, peft_config: SteerConfig, model_config: dict) -> SteerConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: SteerConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: SteerConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        steering = getattr(target, "steering", None)
+        if steering is None:
+            steering = SteerLayer(self._targets[current_key])
+            steering.attach(target)
+        steering.update_layer(adapter_name, peft_config, _device_of(target))
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        if not any(isinstance(module, SteerLayer) for module in model.modules()):
+            return
+        super()._mark_only_adapters_as_trainable(model)
+
+    def _freeze_all_but_vectors(self, model: nn.Module) -> None:
+        vectors = {id(p) for layer in self._steer_layers() for p in layer.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in vectors:
+                parameter.requires_grad = False
+
+    ##########################################################
+    # PEFT does the following to the layers of every tuner; #
+    # here it is done to vectors only.                       #
+    ##########################################################
+
+    def _steer_layers(self) -> list[SteerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SteerLayer)]
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for layer in self._steer_layers():
+            layer.enable_adapters(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active vector, or several at once given a list of names."""
+        for layer in self._steer_layers():
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for layer in self._steer_layers():
+            layer.set_requires_grad(adapter_names, requires_grad=requires_grad)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing to cast: vectors are float32 from the start and stay so."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a vector. If it was the only active one, the first that remains becomes active."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        self.set_adapter(active or list(self.peft_config)[:1])
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._refuse_merge()
+        for module in list(self.model.modules()):
+            steering = module._modules.get("steering")
+            if isinstance(steering, SteerLayer):
+                steering.detach(module)
+        if not _is_tuned(self.model) and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_merge()
+
+    def unmerge_adapter(self) -> None:
+        """Nothing: a vector is never merged."""
+
+    def _refuse_merge(self) -> None:
+        raise SteerError(
+            "merge: received a request to fold steering vectors into the weights, which is not supported; nothing was "
+            "changed. Keep the adapter (it adds one vector per layer), or take it off with unload()."
+        )
+
+    ##############
+    # Saved form #
+    ##############
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SteerConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        suffix = f".steering.steer_vector.{adapter_name}"
+        vectors = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
+        broken = [key for key, value in vectors.items() if not value.is_meta and not torch.isfinite(value).all()]
+        if broken:
+            raise VectorError(
+                f"The steering vector of adapter {adapter_name!r} holds NaN or infinity at {broken}, expected finite "
+                "values; nothing was saved. Its weights never arrived, or training diverged."
+            )
+        return {key: value.float() for key, value in vectors.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return checkpoint_key(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SteerConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        hidden_size = next(module.hidden_size for module in model.modules() if isinstance(module, SteerLayer))
+        suffix = f".steering.steer_vector.{adapter_name}"
+        model_keys = {
+            _with_prefix(cls._remove_adapter_name_from_key(key, adapter_name)): key
+            for key in model.state_dict()
+            if key.endswith(suffix)
+        }
+        tensors = {_with_prefix(checkpoint_key(key)): value for key, value in state_dict.items()}
+        check_tensors(tensors, hidden_size, len(model_keys), f"adapter {adapter_name!r}")
+        renamed = match_by_layer(model_keys.keys() - tensors.keys(), tensors.keys() - model_keys.keys())
+        tensors = {renamed.get(key, key): value for key, value in tensors.items()}
+        if tensors.keys() != model_keys.keys():
+            raise VectorError(
+                f"adapter {adapter_name!r}: received vectors for {sorted(tensors)}, expected {sorted(model_keys)}. "
+                "The adapter was made for a model with other decoder layers."
+            )
+        return {model_keys[key]: value for key, value in tensors.items()}
+
+
+def _is_tuned(model: nn.Module) -> bool:
+    return isinstance(model, (PeftModel, BaseTuner))
+
+
+def _with_prefix(key: str) -> str:
+    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+
+
+def _resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[str, int]]:
+    """Check everything before anything is injected; the filled-in config, and hidden size by name of target."""
+    if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
+        raise ModelError(
+            "The model has layers offloaded to disk. PEFT would rewrite the checkpoint of the base model in place to "
+            "add an adapter, so this is refused. Load the model with device_map='cpu', or with CPU offload only."
+        )
+    if config.target_modules is None:
+        decoder = find_decoder(model)
+        resolved = config.resolve(decoder, _name_of(model))
+        names = [decoder.names[layer] for layer in resolved.layers_to_transform]  # type: ignore[union-attr]
+    else:
+        names, resolved = _resolve_names(config, model)
+    if resolved.base_model_name_or_path is None:
+        resolved.base_model_name_or_path = _name_of(model)
+    modules = dict(model.named_modules())
+    for name in names:
+        if not isinstance(getattr(modules[name], "steering", None), (SteerLayer, type(None))):
+            raise ModelError(f"{name} already has a `steering` of its own, expected none. It can't be steered.")
+    return resolved, dict.fromkeys(names, resolved.hidden_size)  # type: ignore[arg-type]
+
+
+def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], SteerConfig]:
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name and ".steering" not in name and check_target_module_exists(config, name)
+    ]
+    if not names:
+        raise ModelError(
+            f"`target_modules`: received {config.target_modules!r}, which matches no module of {type(model).__name__}. "
+            "Expected names as in model.named_modules()."
+        )
+    model_config = text_config(model)
+    hidden_size = config.hidden_size or getattr(model_config, "hidden_size", None)
+    if hidden_size is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no config with a `hidden_size`; expected SteerConfig(hidden_size=...), the "
+            "width of what the target modules return."
+        )
+    decoder = Decoder(tuple(names), hidden_size, getattr(model_config, "model_type", None))
+    resolved = config.resolve(decoder, _name_of(model))
+    resolved.layers_to_transform = None
+    return names, resolved
+
+
+def _name_of(model: nn.Module) -> str | None:
+    return getattr(model, "name_or_path", None) or None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    devices = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
