@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_model, random_vectors, set_vectors
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from steer_adapter import SteerConfig
+from steer_adapter.decoder import Decoder
+from steer_adapter.errors import ConfigError, ModelError, VectorError
+
+
+DECODER = Decoder(names=tuple(f"layers.{i}" for i in range(6)), hidden_size=8, model_type="llama")
+
+
+@pytest.mark.parametrize(
+    ("layers", "resolved"), [(None, [0, 1, 2, 3, 4, 5]), (2, [2]), (-1, [5]), ([3, -6, 0], [0, 3]), ([5, 1], [1, 5])]
+)
+def test_layers_are_resolved(layers, resolved):
+    config = SteerConfig(layers_to_transform=layers)
+    assert config.resolve(DECODER, None).layers_to_transform == resolved
+    assert config.layers_to_transform == layers, "the caller's config is left alone"
+
+
+@pytest.mark.parametrize("layers", [6, -7, [0, 6]])
+def test_a_layer_out_of_range_is_refused(layers):
+    with pytest.raises(ModelError, match="6 decoder layers: expected values from -6 to 5"):
+        SteerConfig(layers_to_transform=layers).resolve(DECODER, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(multiplier=float("nan")), "multiplier.*finite"),
+        (dict(multiplier=float("inf")), "multiplier.*finite"),
+        (dict(multiplier="2"), "multiplier.*expected a number"),
+        (dict(multiplier=True), "multiplier.*expected a number"),
+        (dict(operation="ablate_all"), "operation.*received 'ablate_all', expected one of"),
+        (dict(operation=["add"]), "operation"),
+        (dict(layers_to_transform="15"), "layers_to_transform.*expected an integer"),
+        (dict(layers_to_transform=[1.0]), "layers_to_transform.*expected an integer"),
+        (dict(layers_to_transform=[True]), "layers_to_transform.*expected an integer"),
+        (dict(layers_to_transform=[]), "empty list"),
+        (dict(target_modules=[]), "empty list"),
+        (dict(target_modules=[3]), "target_modules.*expected a string"),
+        (dict(layers_to_transform=1, target_modules=["a"]), "both"),
+        (dict(hidden_size=-4), "hidden_size.*positive integer"),
+        (dict(num_hidden_layers=0), "num_hidden_layers.*positive integer"),
+        (dict(format_version=2), "format_version.*received 2.*newer"),
+        (dict(format_version=0), "format_version"),
+        (dict(format_version="1"), "format_version"),
+    ],
+)
+def test_bad_values_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        SteerConfig(**values)
+
+
+@pytest.fixture
+def adapter_dir(tmp_path):
+    model = get_peft_model(make_model(), SteerConfig(layers_to_transform=[1, -1], multiplier=0.5))
+    set_vectors(model, random_vectors([1, 3]))
+    model.set_multiplier(7.0)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_is_saved(adapter_dir):
+    saved = json.loads((adapter_dir / "adapter_config.json").read_text())
+    wanted = dict(
+        peft_type="STEER",
+        layers_to_transform=[1, 3],
+        multiplier=0.5,  # the initial strength, never the live one
+        operation="add",
+        format_version=1,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        model_type="llama",
+    )
+    assert {key: saved[key] for key in wanted} == wanted
+    assert PeftConfig.from_pretrained(adapter_dir).is_saved
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (dict(hidden_size=HIDDEN * 2), (ModelError, VectorError), "hidden_size=64|shape"),
+        (dict(num_hidden_layers=30), ModelError, "num_hidden_layers=30.*num_hidden_layers=4"),
+        (dict(num_hidden_layers=None), ConfigError, "lacks `num_hidden_layers`"),
+        (dict(layers_to_transform=[1, 9]), ModelError, "expected values from -4 to 3"),
+        (dict(format_version=99), ConfigError, "format_version"),
+        (dict(operation="ablate"), ConfigError, "operation"),
+        (dict(multiplier=float("nan")), ConfigError, "multiplier"),
+    ],
+)
+def test_a_misfit_is_refused_before_anything_is_injected(adapter_dir, native, values, error, message):
+    edit(adapter_dir, **values)
+    model = make_model()
+    before = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        model.load_adapter(adapter_dir) if native else PeftModel.from_pretrained(model, adapter_dir)
+    assert list(model.state_dict()) == before
+    assert not any("steering" in name for name, _ in model.named_modules())
+    assert not hasattr(model, "peft_config") or not model.peft_config
+
+
+def test_a_newer_format_with_unknown_keys_is_an_error_not_a_warning(adapter_dir):
+    edit(adapter_dir, format_version=2, token_gate="last")
+    with pytest.warns(UserWarning, match="token_gate"), pytest.raises(ConfigError, match="format_version"):
+        PeftModel.from_pretrained(make_model(), adapter_dir)
+
+
+def test_one_config_serves_two_models():
+    config = SteerConfig()
+    get_peft_model(make_model(), config)
+    assert config.layers_to_transform is None and config.hidden_size is None
+    again = get_peft_model(make_model("gpt2"), config)
+    with torch.no_grad():
+        assert torch.isfinite(again(torch.tensor([[1, 2]])).logits).all(), "a fresh vector, not one to be loaded"

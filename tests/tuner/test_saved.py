@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import HIDDEN, make_model, random_vectors, set_vectors
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from steer_adapter import SteerConfig
+from steer_adapter.errors import VectorError
+from steer_adapter.tuner.saved import check_file, checkpoint_key, match_by_layer
+
+
+KEY = "base_model.model.model.layers.1.steering.steer_vector"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        KEY,
+        "base_model.model.base_model.model.model.layers.1.steering.steer_vector",
+        "base_model.model.base_model.model.base_model.model.model.layers.1.steering.steer_vector",
+        "base_model.model._orig_mod.model.layers.1.steering.steer_vector",
+        "base_model.model.model.layers.1._fsdp_wrapped_module.steering.steer_vector",
+        "base_model.model.model.layers.1._checkpoint_wrapped_module.steering.steer_vector",
+    ],
+)
+def test_the_saved_key_does_not_depend_on_wrappers(key):
+    assert checkpoint_key(key) == KEY
+
+
+def test_a_key_without_the_prefix_stays_without():
+    assert checkpoint_key("model.layers.1.steering.steer_vector") == "model.layers.1.steering.steer_vector"
+
+
+def test_keys_of_other_paths_are_matched_by_layer():
+    model = [f"base_model.model.model.language_model.layers.{i}.steering.steer_vector" for i in (2, 11)]
+    file = [f"base_model.model.model.layers.{i}.steering.steer_vector" for i in (11, 2, 5)]
+    assert match_by_layer(model, file) == {file[0]: model[1], file[1]: model[0]}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({KEY: torch.zeros(HIDDEN), "lm_head.weight": torch.zeros(4, 4)}, "received the key 'lm_head.weight'"),
+        ({KEY: torch.zeros(HIDDEN + 1)}, r"shape \[33\], expected floating point of shape \[32\]"),
+        ({KEY: torch.zeros(1, HIDDEN)}, "shape"),
+        ({KEY: torch.zeros(HIDDEN, dtype=torch.int64)}, "torch.int64"),
+        ({KEY: torch.full((HIDDEN,), float("nan"))}, "NaN or infinity"),
+        ({KEY: torch.full((HIDDEN,), float("inf"))}, "NaN or infinity"),
+        ({KEY: torch.zeros(HIDDEN), KEY.replace("1", "2"): torch.zeros(HIDDEN)}, "received 2 steering vectors"),
+        ({}, "received 0 steering vectors"),
+    ],
+)
+def test_what_a_file_may_not_hold(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "file.safetensors")
+    with pytest.raises(VectorError, match=message):
+        check_file(tmp_path / "file.safetensors", HIDDEN, 1)
+
+
+@pytest.fixture
+def adapter_dir(tmp_path):
+    model = get_peft_model(make_model(), SteerConfig(layers_to_transform=[1, 3]))
+    set_vectors(model, random_vectors([1, 3]))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_file(adapter_dir):
+    tensors = load_file(adapter_dir / "adapter_model.safetensors")
+    assert {key: (list(t.shape), t.dtype) for key, t in tensors.items()} == {
+        KEY.replace("1", layer): ([HIDDEN], torch.float32) for layer in ("1", "3")
+    }
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_a_file_cut_short_is_refused_and_the_model_is_untouched(adapter_dir, keep):
+    path = adapter_dir / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    model = make_model()
+    before = model.state_dict().keys()
+    with pytest.raises(VectorError, match="cut short"):
+        PeftModel.from_pretrained(model, adapter_dir)
+    assert model.state_dict().keys() == before
+
+    steered = get_peft_model(model, SteerConfig(layers_to_transform=2))
+    with pytest.raises(VectorError, match="cut short"):
+        steered.load_adapter(adapter_dir, "other")
+    assert list(steered.peft_config) == ["default"]
