@@ -12,7 +12,16 @@ from steer_adapter.version import __version__
 if TYPE_CHECKING:
     from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
 
-__all__ = ["BiPOConfig", "BiPOTrainer", "SteerConfig", "SteerLayer", "SteerModel", "__version__", "set_multiplier", "verify"]
+__all__ = [
+    "BiPOConfig",
+    "BiPOTrainer",
+    "SteerConfig",
+    "SteerLayer",
+    "SteerModel",
+    "__version__",
+    "set_multiplier",
+    "verify",
+]
 
 register()
 

@@ -64,7 +64,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the text decoder, or `None` for a model without a transformers config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return config
     # Not `get_text_config(decoder=True)`: on flat encoder-decoder configs that rewrites a copy and drops names.

@@ -141,7 +141,7 @@ class _Hook:
 
 
 def _probe_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight
     ids = torch.arange(1, 9, device=embedding.device)[None] % embedding.shape[0]
     inputs = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):

@@ -31,7 +31,9 @@ from transformers import (
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 4
 COMMON = dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4)
-GQA = dict(COMMON, intermediate_size=48, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GQA = dict(
+    COMMON, intermediate_size=48, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)
 
 # Config, and where the test itself finds the decoder layers (it must not ask the package).
 ARCHITECTURES = {

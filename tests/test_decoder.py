@@ -55,17 +55,33 @@ def test_experts_are_not_decoder_layers():
         (
             AutoModelForSeq2SeqLM.from_config,
             BartConfig(
-                vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-                decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+                vocab_size=64,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                max_position_embeddings=32,
             ),  # fmt: skip
             ("model.decoder.layers.0", "model.decoder.layers.1"),
         ),
         (
             WhisperForConditionalGeneration,
             WhisperConfig(
-                vocab_size=64, d_model=16, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
-                decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, bos_token_id=1,
-                eos_token_id=2, decoder_start_token_id=1,
+                vocab_size=64,
+                d_model=16,
+                encoder_layers=3,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
             ),  # fmt: skip
             ("model.decoder.layers.0", "model.decoder.layers.1"),
         ),

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from steer_adapter.decoder import Decoder, find_decoder, text_config
-from steer_adapter.errors import ConfigError, ModelError, SteerError, VectorError
+from steer_adapter.errors import AdapterNameError, ConfigError, ModelError, SteerError, VectorError
 
 from .config import SteerConfig
 from .layer import SteerLayer
@@ -57,6 +57,10 @@ class SteerModel(BaseTuner):
         # On a transformers model all adapters share one dict; around another tuner, each keeps its own.
         books = getattr(model, "peft_config", None)
         known = dict(books) if isinstance(books, dict) else None
+        if not _is_tuned(model) and not isinstance((known or {}).get(adapter_name), (SteerConfig, type(None))):
+            raise AdapterNameError(
+                f"adapter_name: received {adapter_name!r}, which the model uses for another adapter; expected a new name."
+            )
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -112,7 +116,7 @@ class SteerModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SteerConfig, model_config: dict) -> SteerConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: SteerConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: SteerConfig, key: str) -> bool:
         return key in self._targets
 
     def _create_and_replace(
@@ -279,7 +283,7 @@ def _resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[s
     for name in names:
         if not isinstance(getattr(modules[name], "steering", None), (SteerLayer, type(None))):
             raise ModelError(f"{name} already has a `steering` of its own, expected none. It can't be steered.")
-    return resolved, dict.fromkeys(names, resolved.hidden_size)  # type: ignore[arg-type]
+    return resolved, dict.fromkeys(names, resolved.hidden_size or 0)
 
 
 def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], SteerConfig]:

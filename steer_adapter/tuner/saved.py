@@ -63,7 +63,9 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], hidden_size: int, count: 
                 f"[{hidden_size}]. The adapter's config and its weights don't belong together."
             )
         if not torch.isfinite(tensor).all():
-            raise VectorError(f"{source}: {key!r} holds NaN or infinity, expected finite values. Save or train it again.")
+            raise VectorError(
+                f"{source}: {key!r} holds NaN or infinity, expected finite values. Save or train it again."
+            )
     if not tensors or (count is not None and len(tensors) != count):
         raise VectorError(
             f"{source}: received {len(tensors)} steering vectors, expected {count or 'at least one'}, one for each "

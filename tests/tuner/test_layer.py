@@ -64,7 +64,9 @@ def test_an_output_of_another_form_is_refused():
 
 def test_a_vector_that_never_arrived_is_an_error(input_ids, tmp_path):
     steered().save_pretrained(tmp_path)
-    save_file({"base_model.model.nowhere.steering.steer_vector": torch.ones(HIDDEN)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.nowhere.steering.steer_vector": torch.ones(HIDDEN)}, tmp_path / "adapter_model.safetensors"
+    )
     model = make_model()
     model.load_adapter(tmp_path)  # transformers only reports missing keys
     with pytest.raises(VectorError, match="'default' holds NaN.*never arrived"):
@@ -73,7 +75,9 @@ def test_a_vector_that_never_arrived_is_an_error(input_ids, tmp_path):
 
 def test_so_is_a_random_one_in_its_place(input_ids, tmp_path):
     steered(init_weights=False).save_pretrained(tmp_path)
-    save_file({"base_model.model.nowhere.steering.steer_vector": torch.ones(HIDDEN)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.nowhere.steering.steer_vector": torch.ones(HIDDEN)}, tmp_path / "adapter_model.safetensors"
+    )
     model = make_model()
     model.load_adapter(tmp_path)
     with pytest.raises(VectorError, match="never arrived"):

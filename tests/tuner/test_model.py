@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steer_adapter import SteerConfig, SteerLayer, SteerModel
-from steer_adapter.errors import ConfigError, ModelError, SteerError, VectorError
+from steer_adapter.errors import AdapterNameError, ConfigError, ModelError, SteerError, VectorError
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -115,7 +115,8 @@ def test_disabling_does_not_make_a_loaded_vector_trainable(adapter_dir):
     with model.disable_adapter():
         pass
     assert not any(p.requires_grad for p in model.parameters())
-    assert any(p.requires_grad for p in PeftModel.from_pretrained(make_model(), adapter_dir, is_trainable=True).parameters())
+    trainable = PeftModel.from_pretrained(make_model(), adapter_dir, is_trainable=True)
+    assert any(p.requires_grad for p in trainable.parameters())
 
 
 def test_deleting_the_active_adapter(steered, input_ids):
@@ -316,7 +317,9 @@ def test_a_vector_of_the_same_name_leaves_the_lora_alone(adapter_dir, input_ids)
     assert all(p.dtype == torch.bfloat16 for p in loras), "casting is for vectors only"
     model.set_adapter("default")
     model.delete_adapter("default")
-    assert loras and all(p is q for p, q in zip(loras, [p for n, p in model.named_parameters() if "lora_" in n]))
+    assert loras and all(
+        p is q for p, q in zip(loras, [p for n, p in model.named_parameters() if "lora_" in n], strict=True)
+    )
 
 
 def test_deleting_natively(adapter_dir, input_ids):
@@ -337,6 +340,14 @@ def test_a_failed_native_load_leaves_the_other_adapters(adapter_dir, input_ids):
     with pytest.raises(ModelError, match="77"):
         model.add_adapter(config, "bad")
     assert list(model.peft_config) == ["low_rank"] and torch.equal(logits(model, input_ids), before)
+
+
+def test_the_name_of_another_adapter_is_not_taken(adapter_dir):
+    model = make_model()
+    model.add_adapter(LoraConfig(**LORA))
+    with pytest.raises(AdapterNameError, match="received 'default', which the model uses for another adapter"):
+        PeftModel.from_pretrained(model, adapter_dir)
+    assert isinstance(model.peft_config["default"], LoraConfig)
 
 
 def test_the_base_model_is_remembered_around_a_lora(load, base_dir):

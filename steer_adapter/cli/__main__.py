@@ -1,0 +1,6 @@
+import sys
+
+from steer_adapter.cli import main
+
+
+sys.exit(main())

@@ -1,0 +1,136 @@
+"""`steer-adapter train`: preference pairs in, an adapter out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from steer_adapter.data import as_conversations, is_conversational, load_pairs
+from steer_adapter.errors import ConfigError, SteerError
+from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
+from steer_adapter.learn.mean_difference import fit_mean_difference
+from steer_adapter.learn.recipes import RECIPES
+from steer_adapter.tuner import SteerConfig
+
+from .models import DTYPES, chat_or_plain, load_model, load_tokenizer
+from .output import check_output, remove_if_empty, written_whole
+
+
+@dataclass
+class TrainArguments:
+    """What to train, on what, and where to."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model to steer; it may be a LoRA adapter."})
+    data: str = field(metadata={"help": "Preference pairs: .jsonl, .json, .csv or .parquet, or a dataset's Hub id."})
+    layers: list[int] = field(metadata={"help": "Decoder layers to steer, from 0, or from the end if negative."})
+    output: str = field(metadata={"help": "Folder for the adapter."})
+    method: str = field(
+        default="bipo", metadata={"help": "How to learn the vector.", "choices": ["bipo", "mean-difference"]}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, as --data."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Name of the column with the prompts."})
+    chosen_column: str = field(default="chosen", metadata={"help": "Name of the column with the chosen answers."})
+    rejected_column: str = field(default="rejected", metadata={"help": "Name of the column with the rejected ones."})
+    chat: str = field(
+        default="auto",
+        metadata={
+            "help": "Put plain-text pairs into the model's chat template: on, off, or auto (if it has one).",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System prompt of every conversation."})
+    multiplier: float = field(default=1.0, metadata={"help": "Initial strength of the saved adapter."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the model; the vector is float32.", "choices": list(DTYPES)}
+    )
+    recipe: str | None = field(
+        default=None, metadata={"help": "Start from published settings.", "choices": sorted(RECIPES)}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Write into a folder that holds something already."})
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig]:
+    """Read the command line and its `--config` file. Ends the program with code 2 on wrong usage."""
+    parser = TrlParser(
+        (TrainArguments, BiPOConfig),
+        prog="steer-adapter train",
+        description="Learn a steering vector from preference pairs and save it as a PEFT adapter. Every option can also "
+        "stand in a YAML file given with --config; the command line wins.",
+    )
+    arguments = _with_recipe(list(argv), parser)
+    parser.set_defaults(save_strategy="no", report_to="none")
+    for action in parser._actions:
+        if action.dest == "output_dir":
+            action.help = "Folder for checkpoints (default: the folder 'checkpoints' in --output)."
+    try:
+        train_arguments, config = parser.parse_args_and_config(arguments)
+    except SteerError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+    if "--output_dir" not in argv and "--output-dir" not in argv and config.output_dir == "trainer_output":
+        config.output_dir = str(Path(train_arguments.output).expanduser() / "checkpoints")
+    return train_arguments, config
+
+
+def _with_recipe(arguments: list[str], parser: TrlParser) -> list[str]:
+    """Set a recipe's values as defaults, below those of the config file and of the command line."""
+    for index, argument in enumerate(arguments):
+        name = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+        if argument.partition("=")[0] == "--recipe" and name in RECIPES:
+            parser.set_defaults_with_config(**RECIPES[name])
+    return arguments
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command."""
+    arguments, config = parse(argv)
+    output = check_output(arguments.output, arguments.overwrite or config.resume_from_checkpoint is not None)
+    trainer = make_trainer(arguments, config)
+    if arguments.method == "mean-difference":
+        fit_mean_difference(trainer.model, trainer.get_train_dataloader(), trainer.adapter_name)
+    else:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if arguments.eval_data is not None:
+        trainer.evaluate()
+    with written_whole(output) as beside:
+        trainer.save_model(str(beside))
+    remove_if_empty(config.output_dir)
+    print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output} --prompt '...'")
+
+
+def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
+    """Load the data and the model, and put a vector on it."""
+    columns = {name: getattr(arguments, f"{name}_column") for name in ("prompt", "chosen", "rejected")}
+    train = load_pairs(arguments.data, columns)
+    held_out = load_pairs(arguments.eval_data, columns) if arguments.eval_data else None
+    if arguments.method == "mean-difference" and config.resume_from_checkpoint:
+        raise ConfigError("Received --resume_from_checkpoint with --method mean-difference, which has no checkpoints.")
+    model, tokenizer = load_model(arguments.model, arguments.dtype), load_tokenizer(arguments.model)
+
+    def formatted(dataset: Any) -> Any:
+        if dataset is None:
+            return None
+        chat = is_conversational(dataset[0]) or chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt)
+        return as_conversations(dataset, arguments.system_prompt) if chat else dataset
+
+    if not is_conversational(train[0]) and chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt):
+        print(
+            "The pairs are put into the model's chat template (--chat off leaves them as plain text).", file=sys.stderr
+        )
+    steer_config = SteerConfig(
+        layers_to_transform=arguments.layers, multiplier=arguments.multiplier, task_type="CAUSAL_LM"
+    )
+    return BiPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=formatted(train),
+        eval_dataset=formatted(held_out),
+        processing_class=tokenizer,
+        peft_config=steer_config,
+    )

@@ -1,0 +1,1 @@
+"""What a vector does, in numbers and pictures."""

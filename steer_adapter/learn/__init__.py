@@ -1,0 +1,1 @@
+"""Methods that learn steering vectors, one a file."""

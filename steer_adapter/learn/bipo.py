@@ -1,0 +1,351 @@
+"""BiPO, bidirectional preference optimization of steering vectors (arXiv 2406.00045), on TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer
+
+from steer_adapter.data import check_pairs
+from steer_adapter.errors import ConfigError, ModelError
+from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
+
+from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
+from .head import install as install_head
+from .mean_difference import hidden_states
+from .recipes import RECIPES
+
+
+logger = logging.getLogger(__name__)
+PROBE_PAIRS = 8
+
+
+@dataclass
+class BiPOConfig(DPOConfig):
+    """
+    Configuration of [`BiPOTrainer`]: that of [`~trl.DPOConfig`] with other defaults. `BiPOConfig.recipe(name, ...)`
+    gives published settings.
+
+    Args:
+        learning_rate (`float`, *optional*):
+            By default it is set when training starts, from the norm of the residual stream at the steered layer and
+            from the number of steps, see [`~steer_adapter.learn.directions.auto_learning_rate`].
+        per_device_train_batch_size (`int`, defaults to 4): Pairs a step, as in the paper.
+        num_train_epochs (`float`, defaults to 5): Passes over the data.
+        lr_scheduler_type (`str`, defaults to `"cosine"`), warmup_steps (`float`, defaults to 0.1): As in the paper, but
+            for the warm-up, which is a share of the run.
+        gradient_checkpointing (`bool`, *optional*):
+            Off unless asked for: the gradient of one vector needs few activations, so it only costs a second forward.
+        bf16 (`bool`, defaults to `False`):
+            No autocast: the model runs in the dtype it was loaded in, the vector is float32 in any case.
+    """
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate; by default found from the model and the run's length."}
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs a step and device."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of the run below 1."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in backward; deprecated alias of activation_checkpointing."},
+    )
+    bf16: bool | None = field(default=False, metadata={"help": "Autocast to bfloat16."})
+
+    @classmethod
+    def recipe(cls, name: str, **kwargs: Any) -> BiPOConfig:
+        """Published settings by name, e.g. `BiPOConfig.recipe("bipo-persona-llama2", output_dir="out")`.
+
+        Raises:
+            ConfigError: there is no recipe of this name.
+        """
+        if name not in RECIPES:
+            raise ConfigError(f"`recipe`: received {name!r}, expected one of {sorted(RECIPES)}.")
+        return cls(**{**RECIPES[name], **kwargs})
+
+
+class BiPOTrainer(DPOTrainer):
+    """
+    Trains steering vectors on preference pairs, in both directions at once.
+
+    In each optimizer step a direction d is drawn; the vector is added d times, and for d = −1 chosen and rejected change
+    places. The reference is the same model with only the vector off: no second model is kept. See
+    [`~trl.DPOTrainer`] for the arguments; these differ:
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model to steer (which may carry a LoRA), or one that carries the vector to train.
+        args ([`BiPOConfig`], *optional*): The configuration.
+        peft_config ([`SteerConfig`], *optional*): Needed unless `model` already carries a vector.
+
+    Metrics are those of DPOTrainer, given back to chosen and rejected; those that end in `_positive` and `_negative` were
+    measured at d = +1 and d = −1. Evaluation measures both and reports them apart; `eval_loss` is their mean.
+
+    Raises:
+        ModelError: there is no single active vector to train.
+        ConfigError: an argument that BiPO has no place for.
+        DataError: a pair can't be trained on.
+    """
+
+    _tag_names = ["steer-adapter", "bipo"]
+    _name = "BiPO"
+    _paper = {
+        "title": "Personalized Steering of Large Language Models: Versatile Steering Vectors Through Bi-directional "
+        "Preference Optimization",
+        "id": "2406.00045",
+        "citation": textwrap.dedent("""\
+            @inproceedings{cao2024personalized,
+                title        = {{Personalized Steering of Large Language Models: Versatile Steering Vectors Through Bi-directional Preference Optimization}},
+                author       = {Yuanpu Cao and Tianrong Zhang and Bochuan Cao and Ziyi Yin and Lu Lin and Fenglong Ma and Jinghui Chen},
+                year         = 2024,
+                booktitle    = {Advances in Neural Information Processing Systems 37},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: None = None,
+        args: BiPOConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: SteerConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if ref_model is not None:
+            raise ConfigError("`ref_model`: expected None. BiPO's reference is the same model with the vector off.")
+        args = args or BiPOConfig(output_dir="bipo")
+        for name, dataset in _named(train_dataset, eval_dataset):
+            check_pairs(dataset, name)
+        self._direction = 1
+        model, peft_config = _with_vector(model, peft_config, args.seed)
+        vectors = {} if isinstance(model, str) else _copy_vectors(model)
+        with _innermost_base(model):
+            super().__init__(
+                model=model,
+                # Any value but None keeps DPOTrainer from making a second adapter; `ref_model` below ignores it.
+                ref_model=None if isinstance(model, str) else model.get_base_model(),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        install_head(
+            _innermost(self.model), ("log_probs", "log_sum_sq_probs") if self.use_weighting else ("log_probs",)
+        )
+        self._restore_float32(vectors)
+        self.adapter_name = _the_active_vector(self.model)
+
+    @property
+    def ref_model(self) -> None:
+        """None: the reference is the model itself, with the vector off."""
+        return None
+
+    @ref_model.setter
+    def ref_model(self, value: Any) -> None:
+        pass
+
+    def _restore_float32(self, vectors: dict[str, torch.Tensor]) -> None:
+        """On quantized models DPOTrainer casts what is trainable to bfloat16, where a vector hardly trains."""
+        for name, parameter in self.model.named_parameters():
+            if ".steering.steer_vector." in name and parameter.dtype != torch.float32:
+                parameter.data = vectors.get(name, parameter.data).to(parameter.device, torch.float32)
+
+    ############
+    # Training #
+    ############
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        _check_trainable(self.model)
+        if self.args.learning_rate is None:
+            self.args.learning_rate = self._find_learning_rate()
+        return super().train(*args, **kwargs)
+
+    def _find_learning_rate(self) -> float:
+        layers = {name: layer for name, layer in _steer_layers(self.model).items()}
+        count = min(PROBE_PAIRS, len(self.train_dataset))
+        batch = self.data_collator([self.train_dataset[i] for i in range(count)])
+        with torch.no_grad(), self.model.disable_adapter():
+            states = hidden_states(self.model, batch, layers)
+        mask = batch["attention_mask"].bool()
+        norms = torch.cat([state[mask.to(state.device)].float().norm(dim=-1).cpu() for state in states.values()])
+        steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        hidden_size = next(iter(layers.values())).hidden_size
+        rate = auto_learning_rate(float(norms.median()), hidden_size, steps)
+        logger.info("Learning rate %.3g: median |h| %.4g, %d steps.", rate, float(norms.median()), steps)
+        return rate
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        direction = draw_direction(self.args.seed, self.state.global_step)
+        # Held through the backward pass: gradient checkpointing runs the steered layer again in there.
+        with self._steered(direction):
+            loss = super().training_step(*args, **kwargs)
+        self._metrics["train"]["direction"].append(direction)
+        return loss
+
+    @contextmanager
+    def _steered(self, direction: int) -> Iterator[None]:
+        layers = list(_steer_layers(self.model).values())
+        previous = [float(layer.multipliers[self.adapter_name]) for layer in layers]
+        self._direction = direction
+        try:
+            for layer in layers:
+                layer.set_multiplier(self.adapter_name, direction)
+            yield
+        finally:
+            self._direction = 1
+            for layer, multiplier in zip(layers, previous, strict=True):
+                layer.set_multiplier(self.adapter_name, multiplier)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = "train" if self.model.training else "eval"
+        collected, self._metrics[mode] = self._metrics[mode], defaultdict(list)
+        try:
+            inputs = exchange(inputs) if self._direction == -1 else inputs
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            measured, self._metrics[mode] = self._metrics[mode], collected
+        for key, values in (exchange_metrics(measured) if self._direction == -1 else measured).items():
+            if key.startswith("rewards/"):
+                self._metrics[mode][f"{key}_{DIRECTIONS[self._direction]}"].extend(values)
+            if mode == "train" or not key.startswith("rewards/"):  # evaluation runs both: their mean says nothing
+                self._metrics[mode][key].extend(values)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            norms = [layer.steer_vector[self.adapter_name].norm() for layer in _steer_layers(self.model).values()]
+            logs["vector_norm"] = float(torch.stack(norms).mean())
+        super().log(logs, start_time)
+
+    ##############
+    # Evaluation #
+    ##############
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Both directions, one after the other."""
+        losses = {}
+        for direction, name in DIRECTIONS.items():
+            with self._steered(direction):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            losses[f"{metric_key_prefix}_loss_{name}"] = output.metrics[f"{metric_key_prefix}_loss"]
+        output.metrics.update(losses)
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses.values()) / len(losses)
+        for key, values in self._metrics["eval"].items():
+            if key.startswith("rewards/margins_"):
+                output.metrics[f"{metric_key_prefix}_{key}"] = sum(values) / len(values)
+        return output
+
+    ##########
+    # Saving #
+    ##########
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """The adapter alone: no tokenizer, no pickled arguments, no other adapters."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(
+            output_dir or self.args.output_dir,
+            state_dict=state_dict,
+            selected_adapters=[self.adapter_name],
+            is_main_process=self.args.should_save,
+        )
+
+
+def _named(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The raw datasets that can be looked through beforehand, with a name for messages."""
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    else:
+        datasets["eval_dataset"] = eval_dataset
+    for name, dataset in datasets.items():
+        if dataset is not None and not isinstance(dataset, IterableDataset):
+            yield name, dataset
+
+
+def _with_vector(model: Any, peft_config: Any, seed: int) -> tuple[Any, SteerConfig | None]:
+    if peft_config is not None and not isinstance(peft_config, SteerConfig):
+        raise ConfigError(f"`peft_config`: received {type(peft_config).__name__}, expected a SteerConfig.")
+    if isinstance(model, str):
+        if peft_config is None:
+            raise ConfigError("`peft_config`: received None, expected a SteerConfig that says which layers to steer.")
+        return model, peft_config
+    if peft_config is not None:
+        set_seed(seed)
+        model = get_peft_model(model, peft_config)
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, SteerModel):
+        raise ModelError(
+            f"`model`: received {type(model).__name__} without a steering vector. Pass "
+            "peft_config=SteerConfig(layers_to_transform=...), or a PeftModel made with one."
+        )
+    _the_active_vector(model)
+    return model, None
+
+
+def _the_active_vector(model: PeftModel) -> str:
+    active = model.active_adapters
+    if len(active) != 1 or active[0] == "ref":
+        raise ModelError(
+            f"`model`: received the active steering adapters {active}, expected exactly one, not named 'ref' (TRL's name "
+            "for a reference). Activate the one to train with model.set_adapter(name)."
+        )
+    return active[0]
+
+
+def _steer_layers(model: nn.Module) -> dict[str, SteerLayer]:
+    """Steered layers of the active vector, by path."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SteerLayer) and any(adapter in module.steer_vector for adapter in module.active_adapters)
+    }
+
+
+def _copy_vectors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".steering.steer_vector." in n}
+
+
+def _check_trainable(model: nn.Module) -> None:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = [name for name in trainable if ".steering.steer_vector." not in name]
+    if others or not trainable:
+        raise ModelError(
+            f"Expected the steering vector, and nothing else, to be trainable; received {others[:3] or 'nothing'}. Load "
+            "the adapter with is_trainable=True, and freeze other adapters."
+        )
+    narrow = {name: p.dtype for name, p in trainable.items() if p.dtype != torch.float32}
+    if narrow:
+        raise ModelError(f"Steering vectors must be float32 to train, received {narrow}.")
+
+
+@contextmanager
+def _innermost_base(model: Any) -> Iterator[None]:
+    """While DPOTrainer patches the base model's forward, let it find the transformers model below all adapters."""
+    if isinstance(model, str):
+        yield
+        return
+    innermost = _innermost(model)
+    model.get_base_model = lambda: innermost
+    try:
+        yield
+    finally:
+        del model.get_base_model
+
+
+def _innermost(model: PeftModel) -> Any:
+    base = model.get_base_model()
+    return _innermost(base) if isinstance(base, PeftModel) else base

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_model
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+
+from steer_adapter import cli, verify
+from steer_adapter.cli.train import parse
+from steer_adapter.learn.mean_difference import fit_mean_difference
+
+
+ROWS = [
+    {"question": f"w{i} w{i + 1} ?", "good": f"w{i + 2} w{i + 3} w{i + 5} .", "bad": f"w{i + 4} w{i} ."}
+    for i in range(10)
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+@pytest.fixture
+def argv(base_dir, data, tmp_path):
+    columns = ["--prompt-column", "question", "--chosen-column", "good", "--rejected-column", "bad"]
+    return [
+        "train", "--model", str(base_dir()), "--data", str(data), *columns, "--layers", "1", "-1",
+        "--output", str(tmp_path / "out"), "--max-steps", "3", "--use_cpu", "True", "--disable-tqdm", "True",
+    ]  # fmt: skip
+
+
+def vectors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_train(argv, tmp_path, capsys):
+    assert cli.main([*argv, "--eval-data", argv[argv.index("--data") + 1], "--multiplier", "0.5"]) == 0
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    config = PeftConfig.from_pretrained(out)
+    assert (config.layers_to_transform, config.multiplier, config.task_type) == ([1, 3], 0.5, "CAUSAL_LM")
+    assert config.base_model_name_or_path == argv[argv.index("--model") + 1]
+    assert all(vector.abs().sum() > 0 for vector in vectors(out).values())
+    assert verify(PeftModel.from_pretrained(make_model(), out))
+    captured = capsys.readouterr()
+    assert "eval_loss_positive" in captured.out and "chat template" in captured.err
+    assert f"steer-adapter generate --adapter {out}" in captured.out
+
+
+def test_the_seed_decides(argv, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        argv[argv.index("--output") + 1] = str(tmp_path / name)
+        assert cli.main([*argv, "--seed", seed]) == 0
+    a, b, c = (torch.stack(list(vectors(tmp_path / name).values())) for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_mean_difference(argv, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(model, batches, name):
+        seen["vectors"] = fit_mean_difference(model, batches, name)
+
+    monkeypatch.setattr("steer_adapter.cli.train.fit_mean_difference", spy)
+    assert cli.main([*argv, "--method", "mean-difference"]) == 0
+    for (_, saved), wanted in zip(sorted(vectors(tmp_path / "out").items()), seen["vectors"].values(), strict=True):
+        assert torch.equal(saved, wanted) and wanted.abs().sum() > 0
+
+
+def test_options_from_a_file(argv, tmp_path):
+    options = {"beta": 0.25, "layers": [2], "max_steps": 2, "learning_rate": 0.5}
+    (tmp_path / "run.yaml").write_text(json.dumps(options))
+    del argv[argv.index("--layers") : argv.index("--output")]
+    arguments, config = parse([*argv[1:], "--config", str(tmp_path / "run.yaml")])
+    assert (arguments.layers, config.beta, config.learning_rate) == ([2], 0.25, 0.5)
+    assert config.max_steps == 3, "the command line wins"
+
+
+def test_a_recipe_below_the_file_and_the_command_line(argv, tmp_path):
+    (tmp_path / "run.yaml").write_text("weight_decay: 0.01")
+    recipe = ["--recipe", "bipo-persona-llama2"]
+    _, config = parse([*argv[1:], *recipe, "--config", str(tmp_path / "run.yaml"), "--beta", "0.3"])
+    assert (config.learning_rate, config.num_train_epochs, config.warmup_steps) == (5e-4, 20, 100)
+    assert (config.weight_decay, config.beta) == (0.01, 0.3)
+
+
+@pytest.mark.parametrize(
+    "options", [["--method", "magic"], ["--layers", "x"], ["--max-steps", "many"], ["--config", "/no/f"]]
+)
+def test_wrong_usage_is_2(argv, options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*argv, *options])
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model", "./no/such/model", "a path where there is no folder"),
+        ("--data", "./no-such.csv", "a path where there is no file"),
+        ("--layers", "44", "expected values from -4 to 3"),
+        ("--prompt-column", "prompt", "missing"),
+        ("--multiplier", "nan", "finite"),
+    ],
+)
+def test_bad_input_is_1_and_writes_nothing(argv, tmp_path, option, value, message, capsys):
+    if option in argv:
+        position = argv.index(option)
+        del argv[position : position + (3 if option == "--layers" else 2)]
+    assert cli.main([*argv, option, value]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_holds_something(argv, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert cli.main(argv) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_an_interrupted_run_leaves_no_adapter(argv, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steer_adapter.learn.bipo.BiPOTrainer.train", interrupt)
+    assert cli.main(argv) == 130
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_run_goes_on_from_a_checkpoint(argv, tmp_path):
+    argv[argv.index("--max-steps") + 1] = "4"
+    assert cli.main([*argv, "--save-strategy", "steps", "--save-steps", "2"]) == 0
+    whole = vectors(tmp_path / "out")
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    assert cli.main([*argv, "--resume-from-checkpoint", str(checkpoint)]) == 0
+    assert all(torch.equal(value, whole[key]) for key, value in vectors(tmp_path / "out").items())
