@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from steer_adapter.extras import require
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 from steer_adapter.tuner.registration import register
 from steer_adapter.tuner.strength import set_multiplier
@@ -29,6 +30,7 @@ register()
 def __getattr__(name: str) -> Any:
     # TRL is an extra, and slow to import: it is loaded with the first trainer that is asked for.
     if name in ("BiPOConfig", "BiPOTrainer"):
+        require("trl", "train", name)
         from steer_adapter.learn import bipo
 
         return getattr(bipo, name)

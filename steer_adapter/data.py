@@ -42,8 +42,8 @@ def load_pairs(source: str, columns: Mapping[str, str] | None = None, split: str
     missing = sorted(set(names.values()) - set(dataset.column_names))
     if missing:
         raise DataError(
-            f"{source}: received the columns {dataset.column_names}, expected {list(names.values())} ({missing} missing). "
-            "Rename them with --prompt-column, --chosen-column and --rejected-column."
+            f"{source}: received the columns {dataset.column_names}, expected {list(names.values())} ({missing} "
+            "missing). Rename them with --prompt-column, --chosen-column and --rejected-column."
         )
     dataset = dataset.select_columns(list(names.values())).rename_columns({v: k for k, v in names.items() if k != v})
     check_pairs(dataset, source)

@@ -34,8 +34,7 @@ class OutputError(SteerError):
 class MissingExtraError(SteerError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 
-    def __init__(self, feature: str, package: str, extra: str) -> None:
+    def __init__(self, feature: str, package: str, command: str) -> None:
         super().__init__(
-            f"{feature} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'steer-adapter[{extra}]'"
+            f"{feature} needs the package {package!r}, which is not installed. Install it with: {command}"
         )

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: only where a completion token is predicted, with the vocabulary projection frozen."""
+"""Log-probabilities of completions, computed only where a completion token is predicted."""
 
 from __future__ import annotations
 

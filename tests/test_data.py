@@ -52,9 +52,12 @@ def test_conversational_files(tmp_path):
         ([ROWS[0], {**ROWS[1], "prompt": None}], "row 2: `prompt` is None"),
         ([ROWS[0], {**ROWS[1], "rejected": "c2"}], "row 2: `chosen` equals `rejected`"),
         ([{"prompt": "p", "chosen": "c"}], r"\['rejected'\] missing.*--rejected-column"),
-        ([{**ROWS[0], "chosen": [{"role": "assistant", "content": ""}], "rejected": [{"role": "a", "content": "x"}]}], "row 1: `chosen`"),
+        (
+            [{"prompt": "p", "chosen": [{"role": "a", "content": ""}], "rejected": [{"role": "a", "content": "x"}]}],
+            "row 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_rows(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         load_pairs(write(tmp_path / "pairs.jsonl", rows))

@@ -64,7 +64,7 @@ def test_experts_are_not_decoder_layers():
                 encoder_ffn_dim=16,
                 decoder_ffn_dim=16,
                 max_position_embeddings=32,
-            ),  # fmt: skip
+            ),
             ("model.decoder.layers.0", "model.decoder.layers.1"),
         ),
         (
@@ -82,7 +82,7 @@ def test_experts_are_not_decoder_layers():
                 bos_token_id=1,
                 eos_token_id=2,
                 decoder_start_token_id=1,
-            ),  # fmt: skip
+            ),
             ("model.decoder.layers.0", "model.decoder.layers.1"),
         ),
     ],

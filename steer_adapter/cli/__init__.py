@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from steer_adapter.errors import SteerError
+from steer_adapter.extras import require
 
 
 COMMANDS = {
@@ -15,20 +16,24 @@ COMMANDS = {
     "train": ("steer_adapter.cli.train", "learn a steering vector from preference pairs"),
     "generate": ("steer_adapter.cli.generate", "answer a prompt at several multipliers"),
 }
+# Optional packages that a command's module imports, and the extra that brings them.
+NEEDS = {"demo": (("trl", "demo"), ("matplotlib", "demo")), "train": (("trl", "train"),)}
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
-        ["usage: steer-adapter COMMAND [options]", "", "Steering vectors for language models, as PEFT adapters.", ""]
-        + [
+        [
+            "usage: steer-adapter COMMAND [options]",
+            "",
+            "Steering vectors for language models, as PEFT adapters.",
+            "",
             "commands:",
             *lines,
             "",
-            "steer-adapter COMMAND --help says more. Exit codes: 0 done, 1 error, 2 wrong usage,",
+            "steer-adapter COMMAND --help says more. Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.",
         ]
-        + ["130 interrupted."]
     )
 
 
@@ -50,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PEFT reads an attribute that transformers has renamed; its users can do nothing about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     try:
+        for package, extra in NEEDS.get(arguments[0], ()):
+            require(package, extra, f"steer-adapter {arguments[0]}")
         import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])
     except (SteerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

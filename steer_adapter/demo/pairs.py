@@ -1,4 +1,4 @@
-"""The demo's preference pairs: a cheerful answer (chosen) and a gloomy one (rejected) to the same everyday question."""
+"""The demo's preference pairs: a cheerful answer (chosen) and a gloomy one (rejected) to the same question."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ class BiPOConfig(DPOConfig):
             from the number of steps, see [`~steer_adapter.learn.directions.auto_learning_rate`].
         per_device_train_batch_size (`int`, defaults to 4): Pairs a step, as in the paper.
         num_train_epochs (`float`, defaults to 5): Passes over the data.
-        lr_scheduler_type (`str`, defaults to `"cosine"`), warmup_steps (`float`, defaults to 0.1): As in the paper, but
-            for the warm-up, which is a share of the run.
+        lr_scheduler_type (`str`, defaults to `"cosine"`): As in the paper.
+        warmup_steps (`float`, defaults to 0.1): A share of the run; 100 steps in the paper.
         gradient_checkpointing (`bool`, *optional*):
             Off unless asked for: the gradient of one vector needs few activations, so it only costs a second forward.
         bf16 (`bool`, defaults to `False`):
@@ -80,8 +80,8 @@ class BiPOTrainer(DPOTrainer):
     """
     Trains steering vectors on preference pairs, in both directions at once.
 
-    In each optimizer step a direction d is drawn; the vector is added d times, and for d = −1 chosen and rejected change
-    places. The reference is the same model with only the vector off: no second model is kept. See
+    In each optimizer step a direction d is drawn; the vector is added d times, and for d = −1 chosen and rejected
+    change places. The reference is the same model with only the vector off: no second model is kept. See
     [`~trl.DPOTrainer`] for the arguments; these differ:
 
     Args:
@@ -90,8 +90,8 @@ class BiPOTrainer(DPOTrainer):
         args ([`BiPOConfig`], *optional*): The configuration.
         peft_config ([`SteerConfig`], *optional*): Needed unless `model` already carries a vector.
 
-    Metrics are those of DPOTrainer, given back to chosen and rejected; those that end in `_positive` and `_negative` were
-    measured at d = +1 and d = −1. Evaluation measures both and reports them apart; `eval_loss` is their mean.
+    Metrics are those of DPOTrainer, given back to chosen and rejected; those that end in `_positive` and `_negative`
+    were measured at d = +1 and d = −1. Evaluation measures both and reports them apart; `eval_loss` is their mean.
 
     Raises:
         ModelError: there is no single active vector to train.
@@ -107,8 +107,10 @@ class BiPOTrainer(DPOTrainer):
         "id": "2406.00045",
         "citation": textwrap.dedent("""\
             @inproceedings{cao2024personalized,
-                title        = {{Personalized Steering of Large Language Models: Versatile Steering Vectors Through Bi-directional Preference Optimization}},
-                author       = {Yuanpu Cao and Tianrong Zhang and Bochuan Cao and Ziyi Yin and Lu Lin and Fenglong Ma and Jinghui Chen},
+                title        = {{Personalized Steering of Large Language Models: Versatile Steering Vectors Through
+                                Bi-directional Preference Optimization}},
+                author       = {Yuanpu Cao and Tianrong Zhang and Bochuan Cao and Ziyi Yin and Lu Lin and
+                                Fenglong Ma and Jinghui Chen},
                 year         = 2024,
                 booktitle    = {Advances in Neural Information Processing Systems 37},
             }"""),
@@ -176,7 +178,7 @@ class BiPOTrainer(DPOTrainer):
         return super().train(*args, **kwargs)
 
     def _find_learning_rate(self) -> float:
-        layers = {name: layer for name, layer in _steer_layers(self.model).items()}
+        layers = _steer_layers(self.model)
         count = min(PROBE_PAIRS, len(self.train_dataset))
         batch = self.data_collator([self.train_dataset[i] for i in range(count)])
         with torch.no_grad(), self.model.disable_adapter():
@@ -300,8 +302,8 @@ def _the_active_vector(model: PeftModel) -> str:
     active = model.active_adapters
     if len(active) != 1 or active[0] == "ref":
         raise ModelError(
-            f"`model`: received the active steering adapters {active}, expected exactly one, not named 'ref' (TRL's name "
-            "for a reference). Activate the one to train with model.set_adapter(name)."
+            f"`model`: received the active steering adapters {active}, expected exactly one, not named 'ref' (TRL's "
+            "name for a reference). Activate the one to train with model.set_adapter(name)."
         )
     return active[0]
 
@@ -324,8 +326,8 @@ def _check_trainable(model: nn.Module) -> None:
     others = [name for name in trainable if ".steering.steer_vector." not in name]
     if others or not trainable:
         raise ModelError(
-            f"Expected the steering vector, and nothing else, to be trainable; received {others[:3] or 'nothing'}. Load "
-            "the adapter with is_trainable=True, and freeze other adapters."
+            f"Expected the steering vector, and nothing else, to be trainable; received {others[:3] or 'nothing'}. "
+            "Load the adapter with is_trainable=True, and freeze other adapters."
         )
     narrow = {name: p.dtype for name, p in trainable.items() if p.dtype != torch.float32}
     if narrow:

@@ -1,7 +1,7 @@
 """Mean difference (CAA, arXiv 2312.06681, equation 1): the baseline that every learned vector is compared with.
 
-v_L = mean over pairs of [mean over completion tokens of h_L(prompt + chosen) − the same of h_L(prompt + rejected)]. The
-authors take the one answer token of A/B questions; for free text this takes the mean over the completion.
+v_L = mean over pairs of [mean over completion tokens of h_L(prompt + chosen) − the same of h_L(prompt + rejected)].
+The authors take the one answer token of A/B questions; for free text this takes the mean over the completion.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ class SteerModel(BaseTuner):
         known = dict(books) if isinstance(books, dict) else None
         if not _is_tuned(model) and not isinstance((known or {}).get(adapter_name), (SteerConfig, type(None))):
             raise AdapterNameError(
-                f"adapter_name: received {adapter_name!r}, which the model uses for another adapter; expected a new name."
+                f"adapter_name: received {adapter_name!r}, which the model uses for another adapter; expected a new "
+                "name."
             )
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -134,11 +135,6 @@ class SteerModel(BaseTuner):
             steering = SteerLayer(self._targets[current_key])
             steering.attach(target)
         steering.update_layer(adapter_name, peft_config, _device_of(target))
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        if not any(isinstance(module, SteerLayer) for module in model.modules()):
-            return
-        super()._mark_only_adapters_as_trainable(model)
 
     def _freeze_all_but_vectors(self, model: nn.Module) -> None:
         vectors = {id(p) for layer in self._steer_layers() for p in layer.parameters()}
@@ -294,8 +290,8 @@ def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], St
     ]
     if not names:
         raise ModelError(
-            f"`target_modules`: received {config.target_modules!r}, which matches no module of {type(model).__name__}. "
-            "Expected names as in model.named_modules()."
+            f"`target_modules`: received {config.target_modules!r}, which matches no module of "
+            f"{type(model).__name__}. Expected names as in model.named_modules()."
         )
     model_config = text_config(model)
     hidden_size = config.hidden_size or getattr(model_config, "hidden_size", None)

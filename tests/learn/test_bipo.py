@@ -40,9 +40,16 @@ def pairs(count: int = 12, conversational: bool = False) -> Dataset:
 
 def config(tmp_path, **kwargs) -> BiPOConfig:
     options = dict(
-        output_dir=str(tmp_path / "out"), max_steps=4, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
-        save_strategy="no", learning_rate=0.05, seed=3,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=0.05,
+        seed=3,
+    )
     return BiPOConfig(**{**options, **kwargs})
 
 
@@ -75,7 +82,9 @@ def sequence_log_probs(batch, deltas, model=None):
     """Written out: Σ over completion tokens of log softmax, one row and one token at a time."""
     model = model or make_model()
     sums = []
-    for ids, attention, completion in zip(*(batch[k] for k in ("input_ids", "attention_mask", "completion_mask"))):
+    for ids, attention, completion in zip(
+        *map(batch.get, ("input_ids", "attention_mask", "completion_mask")), strict=True
+    ):
         length = int(attention.sum())
         logits = hand_logits(model, ids[None, :length], deltas)[0].double().numpy()
         total = 0.0

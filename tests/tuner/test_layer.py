@@ -1,4 +1,4 @@
-"""What happens at one decoder layer. The traps' numbers are those of the field: each looks right and steers nothing."""
+"""What happens at one decoder layer."""
 
 from __future__ import annotations
 
