@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer_adapter.extras import require
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
+from steer_adapter.tuner.combine import add_weighted_adapter
 from steer_adapter.tuner.registration import register
 from steer_adapter.tuner.strength import set_multiplier
 from steer_adapter.verify import verify
@@ -20,6 +21,7 @@ __all__ = [
     "SteerLayer",
     "SteerModel",
     "__version__",
+    "add_weighted_adapter",
     "set_multiplier",
     "verify",
 ]

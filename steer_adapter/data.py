@@ -6,6 +6,7 @@ A pair is `{"prompt", "chosen", "rejected"}`: strings (plain text), or lists of 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,17 +19,21 @@ from steer_adapter.extras import require
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("prompt", "chosen", "rejected")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_pairs(source: str, columns: Mapping[str, str] | None = None, split: str = "train") -> Dataset:
+def load_pairs(
+    source: str, columns: Mapping[str, str] | None = None, split: str = "train", drop_bad: bool = False
+) -> Dataset:
     """Load preference pairs from a file or from the Hub, and check them.
 
     Args:
         source: a `.jsonl`, `.json`, `.csv` or `.parquet` file, or the id of a dataset on the Hub.
         columns: names of the source's columns for `prompt`, `chosen` and `rejected`, where they differ.
         split: which split of a dataset on the Hub.
+        drop_bad: leave bad pairs out, with a warning that counts them, instead of refusing the data.
 
     Returns:
         A dataset with the columns `prompt`, `chosen`, `rejected`, and no others.
@@ -46,6 +51,13 @@ def load_pairs(source: str, columns: Mapping[str, str] | None = None, split: str
             "missing). Rename them with --prompt-column, --chosen-column and --rejected-column."
         )
     dataset = dataset.select_columns(list(names.values())).rename_columns({v: k for k, v in names.items() if k != v})
+    if drop_bad:
+        count = len(dataset)
+        dataset = dataset.filter(lambda row: _problem(row) is None, desc="Looking for bad pairs")
+        if len(dataset) < count:
+            logger.warning(
+                "%s: %d of %d pairs can't be trained on and are left out.", source, count - len(dataset), count
+            )
     check_pairs(dataset, source)
     return dataset
 
@@ -79,19 +91,25 @@ def check_pairs(rows: Iterable[Mapping[str, Any]], source: str = "The data") -> 
     """
     number = 0
     for number, row in enumerate(rows, start=1):
-        for column in ("chosen", "rejected"):
-            if column not in row:
-                raise DataError(f"{source}, row {number}: received {sorted(row)}, expected a column {column!r}.")
-        for column in COLUMNS:
-            if column in row and not _has_text(row[column]):
-                raise DataError(f"{source}, row {number}: `{column}` is {row[column]!r}, expected text in it.")
-        if row["chosen"] == row["rejected"]:
+        problem = _problem(row)
+        if problem is not None:
             raise DataError(
-                f"{source}, row {number}: `chosen` equals `rejected` ({row['chosen']!r}), so the pair says nothing. "
-                "Remove it."
+                f"{source}, row {number}: {problem}. Mend or remove it (--drop-bad-pairs leaves such rows out)."
             )
     if number == 0:
         raise DataError(f"{source}: received no rows, expected at least one preference pair.")
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            return f"received {sorted(row)}, expected a column {column!r}"
+    for column in COLUMNS:
+        if column in row and not _has_text(row[column]):
+            return f"`{column}` is {row[column]!r}, expected text in it"
+    if row["chosen"] == row["rejected"]:
+        return f"`chosen` equals `rejected` ({row['chosen']!r}), so the pair says nothing"
+    return None
 
 
 def _has_text(value: Any) -> bool:

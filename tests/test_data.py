@@ -79,6 +79,16 @@ def test_bad_files(tmp_path):
         load_pairs("no/such-data")
 
 
+def test_bad_rows_are_dropped_if_asked_for(tmp_path, caplog):
+    path = write(tmp_path / "pairs.jsonl", [{**ROWS[0], "prompt": ""}, ROWS[1], {**ROWS[0], "rejected": "c1"}])
+    with pytest.raises(DataError, match="row 1: `prompt` is ''.*--drop-bad-pairs"):
+        load_pairs(path)
+    assert load_pairs(path, drop_bad=True).to_list() == ROWS[1:]
+    assert "2 of 3 pairs" in caplog.text
+    with pytest.raises(DataError, match="no rows"):
+        load_pairs(write(tmp_path / "bad.jsonl", [{**ROWS[0], "prompt": ""}]), drop_bad=True)
+
+
 def test_no_rows():
     with pytest.raises(DataError, match="My data: received no rows"):
         check_pairs([], "My data")

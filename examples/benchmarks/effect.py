@@ -34,7 +34,8 @@ MULTIPLIERS = (-2.0, -1.0, 1.0, 2.0)
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(str(smollm2()), arguments.dtype), load_tokenizer(str(smollm2()))
-    train, test = (as_conversations(load_pairs(str(folder / f"{part}.csv"), COLUMNS)) for part in ("train", "test"))
+    files = (str(folder / f"{part}.csv") for part in ("train", "test"))
+    train, test = (as_conversations(load_pairs(file, COLUMNS, drop_bad=True)) for file in files)
     config = BiPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=arguments.max_steps,

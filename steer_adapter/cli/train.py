@@ -36,6 +36,9 @@ class TrainArguments:
     prompt_column: str = field(default="prompt", metadata={"help": "Name of the column with the prompts."})
     chosen_column: str = field(default="chosen", metadata={"help": "Name of the column with the chosen answers."})
     rejected_column: str = field(default="rejected", metadata={"help": "Name of the column with the rejected ones."})
+    drop_bad_pairs: bool = field(
+        default=False, metadata={"help": "Leave out pairs with an empty text or equal answers, instead of stopping."}
+    )
     chat: str = field(
         default="auto",
         metadata={
@@ -107,8 +110,9 @@ def run(argv: Sequence[str]) -> None:
 def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
     """Load the data and the model, and put a vector on it."""
     columns = {name: getattr(arguments, f"{name}_column") for name in ("prompt", "chosen", "rejected")}
-    train = load_pairs(arguments.data, columns)
-    held_out = load_pairs(arguments.eval_data, columns) if arguments.eval_data else None
+    drop_bad = arguments.drop_bad_pairs
+    train = load_pairs(arguments.data, columns, drop_bad=drop_bad)
+    held_out = load_pairs(arguments.eval_data, columns, drop_bad=drop_bad) if arguments.eval_data else None
     if arguments.method == "mean-difference" and config.resume_from_checkpoint:
         raise ConfigError("Received --resume_from_checkpoint with --method mean-difference, which has no checkpoints.")
     model, tokenizer = load_model(arguments.model, arguments.dtype), load_tokenizer(arguments.model)

@@ -87,6 +87,14 @@ class SteerModel(BaseTuner):
 
         set_multiplier(self, value, adapter_name)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float] | None, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """See [`steer_adapter.add_weighted_adapter`]."""
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(self, adapters, weights, adapter_name, *args, **kwargs)
+
     #############
     # Injection #
     #############
