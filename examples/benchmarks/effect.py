@@ -44,6 +44,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
         per_device_eval_batch_size=8,
         save_strategy="no",
         logging_strategy="no",
+        disable_tqdm=False,
         report_to="none",
     )
     trainer = BiPOTrainer(

@@ -86,6 +86,7 @@ def make_trainer(folder: str, arguments: argparse.Namespace, output: Path) -> Bi
         save_strategy="no",
         report_to="none",
         logging_strategy="no",
+        disable_tqdm=False,
     )
     return BiPOTrainer(
         model=load_model(folder),

@@ -64,6 +64,12 @@ class BiPOConfig(DPOConfig):
     )
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bfloat16."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Without an accelerator there is nothing to pin for, and torch warns at every epoch.
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory: bool = False
+
     @classmethod
     def recipe(cls, name: str, **kwargs: Any) -> BiPOConfig:
         """Published settings by name, e.g. `BiPOConfig.recipe("bipo-persona-llama2", output_dir="out")`.

@@ -17,7 +17,6 @@ from steer_adapter.learn.directions import draw_direction
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory"),
 ]
 LAYERS = [1, 3]
 
