@@ -90,10 +90,14 @@ def _layers(model: nn.Module) -> list[SteerLayer]:
 
 
 def _check_names(books: dict[str, object], adapters: Sequence[str], adapter_name: str) -> None:
+    if isinstance(adapters, str):
+        raise AdapterNameError(f"`adapters`: received the string {adapters!r}, expected a list of names.")
     vectors = [name for name, config in books.items() if isinstance(config, SteerConfig)]
     unknown = [name for name in adapters if name not in vectors]
     if unknown or not adapters:
         raise AdapterNameError(f"`adapters`: received {list(adapters)}, expected names from {vectors}.")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise AdapterNameError(f"`adapter_name`: received {adapter_name!r}, expected a name without dots.")
     if adapter_name in books:
         raise AdapterNameError(
             f"`adapter_name`: received {adapter_name!r}, which exists already; expected a new name."
@@ -104,12 +108,14 @@ def _check_weights(weights: Sequence[float] | None, count: int, method: str) -> 
     if weights is None:
         return torch.ones(count)
     if method == "mean":
-        raise ConfigError(f"`weights`: received {list(weights)}, expected None: the mean has no weights.")
-    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(
-            f"`weights`: received {list(weights)}, expected {count} finite numbers, one for each adapter."
-        )
-    return torch.tensor([float(weight) for weight in weights])
+        raise ConfigError(f"`weights`: received {weights!r}, expected None: the mean has no weights.")
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"`weights`: received {weights!r}, expected {count} finite numbers, one for each adapter.")
+    return torch.tensor(numbers)
 
 
 def _check_method(method: str, density: float | None, sign_method: str) -> None:

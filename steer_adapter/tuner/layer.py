@@ -151,9 +151,9 @@ def steer_output(decoder_layer: nn.Module, args: tuple[Any, ...], output: Any) -
     steering = decoder_layer.steering
     if isinstance(output, torch.Tensor):
         return steering(output)
-    if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
-        return (steering(output[0]), *output[1:])
+    if type(output) in (tuple, list) and output and isinstance(output[0], torch.Tensor):
+        return type(output)([steering(output[0]), *output[1:]])
     raise ModelError(
-        f"{type(decoder_layer).__name__} returned {type(output).__name__}, expected a tensor or a tuple that starts "
-        "with one. This architecture's layers can't be steered."
+        f"{type(decoder_layer).__name__} returned {type(output).__name__}, expected a tensor, or a tuple or list that "
+        "starts with one. This architecture's layers can't be steered."
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,6 +109,7 @@ class SteerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        _check_name(adapter_name)
         given = self.peft_config[adapter_name]
         is_first = not any(True for _ in self._steer_layers())
         # A copy is filled in: the caller's config can be used for another model.
@@ -149,6 +152,16 @@ class SteerModel(BaseTuner):
         for parameter in model.parameters():
             if id(parameter) not in vectors:
                 parameter.requires_grad = False
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this, PEFT would take the argument away and steer every row alike.
+        if kwargs.get("adapter_names") is not None:
+            raise SteerError(
+                f"`adapter_names`: received {kwargs['adapter_names']!r}, expected None: steering vectors can't be "
+                "chosen row by row. Run one call for each adapter."
+            )
+        yield
 
     ##########################################################
     # PEFT does the following to the layers of every tuner; #
@@ -195,7 +208,11 @@ class SteerModel(BaseTuner):
             if isinstance(steering, SteerLayer):
                 steering.detach(module)
         if not _is_tuned(self.model) and hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+            books = self.model.peft_config
+            for name in [name for name, config in books.items() if isinstance(config, SteerConfig)]:
+                del books[name]
+            if not books:
+                del self.model.peft_config
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -264,6 +281,11 @@ def _is_tuned(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, BaseTuner))
 
 
+def _check_name(adapter_name: object) -> None:
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
+
+
 def _with_prefix(key: str) -> str:
     return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
 
@@ -285,17 +307,22 @@ def _resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[s
         resolved.base_model_name_or_path = _name_of(model)
     modules = dict(model.named_modules())
     for name in names:
+        if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
+            raise ModelError(f"`target_modules`: {name} is a {type(modules[name]).__name__}, which no forward runs.")
         if not isinstance(getattr(modules[name], "steering", None), (SteerLayer, type(None))):
             raise ModelError(f"{name} already has a `steering` of its own, expected none. It can't be steered.")
     return resolved, dict.fromkeys(names, resolved.hidden_size or 0)
 
 
 def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], SteerConfig]:
-    names = [
-        name
-        for name, _ in model.named_modules()
-        if name and ".steering" not in name and check_target_module_exists(config, name)
-    ]
+    try:
+        names = [
+            name
+            for name, _ in model.named_modules()
+            if name and ".steering" not in name and check_target_module_exists(config, name)
+        ]
+    except re.error as error:
+        raise ConfigError(f"`target_modules`: received the regex {config.target_modules!r}: {error}.") from error
     if not names:
         raise ModelError(
             f"`target_modules`: received {config.target_modules!r}, which matches no module of "

@@ -174,6 +174,35 @@ def test_a_failed_second_adapter_leaves_the_first(steered, input_ids):
     assert list(steered.peft_config) == ["default"] and torch.equal(logits(steered, input_ids), before)
 
 
+@pytest.mark.parametrize("name", ["a.b", ""])
+def test_a_name_that_can_not_be_a_key(steered, name):
+    with pytest.raises(AdapterNameError, match="a name without dots"):
+        steered.add_adapter(name, SteerConfig())
+    assert list(steered.peft_config) == ["default"]
+    model = make_model()
+    with pytest.raises(AdapterNameError):
+        get_peft_model(model, SteerConfig(), adapter_name=name)
+    assert not any("steering" in n for n, _ in model.named_modules())
+
+
+def test_rows_can_not_choose_adapters_without_a_word(steered, input_ids):
+    with pytest.raises(SteerError, match="`adapter_names`: received"):
+        steered(input_ids, adapter_names=["default", "__base__"])
+    with pytest.raises(SteerError, match="`adapter_names`: received"):
+        steered.generate(input_ids, adapter_names=["default", "__base__"])
+
+
+def test_unloading_beside_a_native_lora_keeps_it(adapter_dir, input_ids):
+    model = make_model()
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(**LORA), "low_rank")
+    before = logits(model, input_ids)
+    steered = PeftModel.from_pretrained(model, adapter_dir, adapter_name="happy")
+    assert not torch.equal(logits(steered, input_ids), before)
+    assert steered.unload() is model
+    assert list(model.peft_config) == ["low_rank"] and torch.equal(logits(model, input_ids), before)
+
+
 def test_disk_offload_is_refused():
     model = make_model()
     model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
@@ -230,6 +259,8 @@ def test_target_modules_by_regex():
     [
         (SteerConfig(target_modules=["nothing"], hidden_size=6), ModelError, "matches no module of Custom"),
         (SteerConfig(target_modules=["blocks.1"]), ConfigError, r"expected SteerConfig\(hidden_size="),
+        (SteerConfig(target_modules="blocks", hidden_size=6), ModelError, "ModuleList, which no forward runs"),
+        (SteerConfig(target_modules="blocks.1(", hidden_size=6), ConfigError, "the regex 'blocks.1\\('"),
         (SteerConfig(), ModelError, "no config"),
     ],
 )
