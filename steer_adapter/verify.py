@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -55,23 +56,24 @@ class Verification:
         )
 
 
-def verify(model: nn.Module) -> Verification:
+def verify(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Verification:
     """Run one short forward and say whether every active vector really arrives.
 
     Args:
         model: anything that carries vectors: a PeftModel, or a transformers model with adapters.
+        inputs: what to run it on; by default eight token ids. A model that takes no token ids needs them.
 
     Returns:
         [`Verification`]: true if all is well; printed, a line for each vector.
 
     Raises:
-        ModelError: the model carries no steering vectors at all.
+        ModelError: the model carries no steering vectors at all, or needs `inputs`.
     """
     layers = {name.rpartition(".")[0]: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
     if not layers:
         raise ModelError(f"{type(model).__name__} carries no steering vectors, expected at least one to verify.")
     finite = all(torch.isfinite(v).all() for layer in layers.values() for v in layer.steer_vector.values())
-    seen = _probe(model, layers) if finite else {}
+    seen = _probe(model, layers, inputs or _probe_inputs(model)) if finite else {}
     return Verification(
         tuple(
             _arrival(adapter, name, layer, seen.get(name), finite)
@@ -106,7 +108,9 @@ def _arrival(
     return Arrival(adapter, name, float(multiplier), float(vector.norm()), dose, not reason, reason)
 
 
-def _probe(model: nn.Module, layers: dict[str, SteerLayer]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _probe(
+    model: nn.Module, layers: dict[str, SteerLayer], inputs: Mapping[str, Any]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """By decoder layer: the hidden states that entered its steering, and those that left the layer after all hooks."""
     entered: dict[str, torch.Tensor] = {}
     left: dict[str, torch.Tensor] = {}
@@ -117,7 +121,7 @@ def _probe(model: nn.Module, layers: dict[str, SteerLayer]) -> dict[str, tuple[t
             stack.enter_context(_Hook(model.get_submodule(name), name, left, inputs=False))
         model.eval()
         try:
-            model(**_probe_inputs(model))
+            model(**inputs)
         finally:
             model.train(training)
     return {name: (entered[name], left[name]) for name in entered.keys() & left.keys()}
@@ -132,7 +136,7 @@ class _Hook:
     def __enter__(self) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             value = args if self.inputs else output
-            self.record[self.name] = value[0] if isinstance(value, tuple) else value
+            self.record[self.name] = value[0] if isinstance(value, (tuple, list)) else value
 
         self.handle = self.module.register_forward_hook(hook)
 
@@ -141,8 +145,14 @@ class _Hook:
 
 
 def _probe_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    embedding = model.get_input_embeddings().weight
-    ids = torch.arange(1, 9, device=embedding.device)[None] % embedding.shape[0]
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_embeddings is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ModelError(
+            f"{type(model).__name__} takes no token ids: pass verify(model, inputs={{...}}) to run it on."
+        )
+    embedding = get_embeddings().weight
+    device = "cpu" if embedding.is_meta else embedding.device
+    ids = torch.arange(1, 9, device=device)[None] % embedding.shape[0]
     inputs = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_model, random_vectors, set_vectors
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from steer_adapter import SteerConfig, verify
 from steer_adapter.errors import ModelError
@@ -57,6 +58,24 @@ def test_the_model_is_left_as_it_was(model):
     verify(model)
     assert model.training and [len(m._forward_hooks) for m in model.modules()] == hooks
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_on_inputs_of_ones_own(model):
+    assert verify(model, {"inputs_embeds": torch.randn(1, 4, 32)})
+
+
+def test_layers_that_return_lists():
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=3, n_head=4)
+    steered = get_peft_model(AutoModelForCausalLM.from_config(config), SteerConfig(layers_to_transform=1))
+    set_vectors(steered, random_vectors([1]))
+    assert verify(steered)
+
+
+def test_a_model_that_takes_no_token_ids():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ModelError, match="takes no token ids: pass verify"):
+        verify(get_peft_model(block, SteerConfig(target_modules=["0"], hidden_size=4)))
 
 
 def test_around_a_lora(tmp_path, model):

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for package, extra in NEEDS.get(arguments[0], ()):
             require(package, extra, f"steer-adapter {arguments[0]}")
         import_module(COMMANDS[arguments[0]][0]).run(arguments[1:])
-    except (SteerError, OSError) as error:
+    except (SteerError, OSError, ValueError) as error:  # PEFT, TRL and the Hub client report bad input so
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -94,6 +94,16 @@ def run(argv: Sequence[str]) -> None:
     """The command."""
     arguments, config = parse(argv)
     output = check_output(arguments.output, arguments.overwrite or config.resume_from_checkpoint is not None)
+    try:
+        learn(arguments, config, output)
+    finally:
+        remove_if_empty(config.output_dir)
+        remove_if_empty(output)
+    print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output} --prompt '...'")
+
+
+def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
+    """Train and write the adapter."""
     trainer = make_trainer(arguments, config)
     if arguments.method == "mean-difference":
         fit_mean_difference(trainer.model, trainer.get_train_dataloader(), trainer.adapter_name)
@@ -103,8 +113,6 @@ def run(argv: Sequence[str]) -> None:
         trainer.evaluate()
     with written_whole(output) as beside:
         trainer.save_model(str(beside))
-    remove_if_empty(config.output_dir)
-    print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output} --prompt '...'")
 
 
 def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -136,6 +137,10 @@ class BiPOTrainer(DPOTrainer):
         if ref_model is not None:
             raise ConfigError("`ref_model`: expected None. BiPO's reference is the same model with the vector off.")
         args = args or BiPOConfig(output_dir="bipo")
+        if not isinstance(args, BiPOConfig):
+            raise ConfigError(f"`args`: received {type(args).__name__}, expected a BiPOConfig.")
+        if kwargs.get("compute_metrics") is not None:
+            raise ConfigError("`compute_metrics`: expected None. Evaluation runs in both directions and reports both.")
         for name, dataset in _named(train_dataset, eval_dataset):
             check_pairs(dataset, name)
         self._direction = 1
@@ -155,6 +160,9 @@ class BiPOTrainer(DPOTrainer):
         install_head(
             _innermost(self.model), ("log_probs", "log_sum_sq_probs") if self.use_weighting else ("log_probs",)
         )
+        # The objective has no term for the balance of experts, which DPOTrainer adds by the model's own coefficient.
+        if args.router_aux_loss_coef is None:
+            self.aux_loss_enabled: bool = False
         self._restore_float32(vectors)
         self.adapter_name = _the_active_vector(self.model)
 
@@ -185,8 +193,7 @@ class BiPOTrainer(DPOTrainer):
 
     def _find_learning_rate(self) -> float:
         layers = _steer_layers(self.model)
-        count = min(PROBE_PAIRS, len(self.train_dataset))
-        batch = self.data_collator([self.train_dataset[i] for i in range(count)])
+        batch = self.data_collator(list(islice(self.train_dataset, PROBE_PAIRS)))
         with torch.no_grad(), self.model.disable_adapter():
             states = hidden_states(self.model, batch, layers)
         mask = batch["attention_mask"].bool()
@@ -269,6 +276,7 @@ class BiPOTrainer(DPOTrainer):
             output_dir or self.args.output_dir,
             state_dict=state_dict,
             selected_adapters=[self.adapter_name],
+            save_embedding_layers=False,
             is_main_process=self.args.should_save,
         )
 

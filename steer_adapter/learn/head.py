@@ -8,6 +8,7 @@ numbers from the model's own logits, so that soft-capping and scaling stay the a
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -18,23 +19,32 @@ from steer_adapter.log_probs import columns_from, first_prediction, takes_logits
 
 
 def install(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
-    """Put the head in the place of TRL's, on a model that TRL has patched; leave models alone that it can't serve."""
-    if not takes_logits_to_keep(model) or set(outputs) - set(_STATISTICS):
+    """Put the head in the place of TRL's, on a model that TRL has patched; leave models alone that it can't serve.
+
+    Those include models that accelerate has spread over devices, whose forward is not that of their class.
+    """
+    if not takes_logits_to_keep(model) or set(outputs) - set(_STATISTICS) or hasattr(model, "_hf_hook"):
         return
     forward = type(model).forward
 
     @functools.wraps(forward)
-    def run(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def run(
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not fused_lm_head or labels is None:
             labels_argument = {} if labels is None else {"labels": labels}
-            return forward(model, *args, **labels_argument, **kwargs)
+            return forward(self, *args, **labels_argument, **kwargs)
         targets = labels[:, 1:]
         first = first_prediction(targets != -100)
-        result = forward(model, *args, logits_to_keep=columns_from(first, labels), **kwargs)
+        result = forward(self, *args, logits_to_keep=columns_from(first, labels), **kwargs)
         fields = completion_fields(result.logits[:, :-1], targets, first)
         return FusedCausalLMOutput(loss=None, aux_loss=getattr(result, "aux_loss", None), **fields)
 
-    model.forward = run
+    model.forward = types.MethodType(run, model)  # a method, so that a copy of the model runs itself
 
 
 def completion_fields(logits: torch.Tensor, targets: torch.Tensor, first: int) -> dict[str, torch.Tensor]:

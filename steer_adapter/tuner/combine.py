@@ -67,7 +67,11 @@ def _inject(model: nn.Module, adapter_name: str, config: SteerConfig) -> None:
     if isinstance(model, (PeftModel, BaseTuner)):
         tuner = model.base_model if isinstance(model, PeftModel) else model
         tuner.peft_config[adapter_name] = config
-        tuner.inject_adapter(tuner.model, adapter_name)
+        try:
+            tuner.inject_adapter(tuner.model, adapter_name)
+        except Exception:
+            del tuner.peft_config[adapter_name]
+            raise
         return
     layer = _layers(model)[0]
     active, trains = layer.active_adapters, any(p.requires_grad for p in layer.parameters())

@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steer_adapter.decoder import Decoder
-from steer_adapter.errors import ConfigError, ModelError
+from steer_adapter.errors import ConfigError, ModelError, VectorError
 from steer_adapter.operations import OPERATIONS
 
 from .saved import check_file
@@ -67,6 +67,7 @@ class SteerConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.lacks_weights_at: str | None = None
         from peft.utils import PeftType
 
         self.peft_type = PeftType("STEER")
@@ -80,13 +81,21 @@ class SteerConfig(PeftConfig):
 
         Raises:
             VectorError: the weights are cut short, not finite, or not steering vectors of the config's shape.
+            ConfigError: the file does not say which version of the format it is.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
+        if not isinstance(config, SteerConfig):
+            return config
+        if config.format_version is None:
+            raise ConfigError(f"{pretrained_model_name_or_path}: the adapter's config lacks `format_version`.")
         path = _find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
-        if path is not None and isinstance(config, SteerConfig) and config.hidden_size is not None:
+        if path is None:
+            # A config alone may be read, but not put on a model.
+            config.lacks_weights_at = str(pretrained_model_name_or_path)
+        elif config.hidden_size is not None:
             layers = config.layers_to_transform
-            check_file(path, config.hidden_size, len(layers) if isinstance(layers, list) else None)
+            check_file(path, config.hidden_size, layers if isinstance(layers, list) else None)
         return config
 
     @property
@@ -106,6 +115,11 @@ class SteerConfig(PeftConfig):
         Raises:
             ModelError: the model has another hidden size or number of layers, or a layer is out of range.
         """
+        if self.lacks_weights_at is not None:
+            raise VectorError(
+                f"{self.lacks_weights_at}: received an adapter config without {SAFETENSORS_WEIGHTS_NAME} beside it. "
+                "Save or download the adapter again; pickled weights (.bin) are not read."
+            )
         if self.is_saved:
             _check_shape(self, decoder, model_name)
         resolved = copy.copy(self)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from steer_adapter.decoder import Decoder, find_decoder, text_config
@@ -17,7 +18,7 @@ from steer_adapter.errors import AdapterNameError, ConfigError, ModelError, Stee
 
 from .config import SteerConfig
 from .layer import SteerLayer
-from .saved import check_tensors, checkpoint_key, match_by_layer
+from .saved import check_tensors, checkpoint_key, match_by_layer, without_embeddings
 
 
 class SteerModel(BaseTuner):
@@ -109,11 +110,13 @@ class SteerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        _check_name(adapter_name)
+        _check_name(adapter_name, model)
         given = self.peft_config[adapter_name]
         is_first = not any(True for _ in self._steer_layers())
         # A copy is filled in: the caller's config can be used for another model.
-        self.peft_config[adapter_name], self._targets = _resolve(given, model)
+        resolved, self._targets = _resolve(given, model)
+        _check_key(adapter_name, self._targets)
+        self.peft_config[adapter_name] = resolved
         if state_dict is not None:
             state_dict = {key.replace(".steering.steer_", ".steer_"): value for key, value in state_dict.items()}
         try:
@@ -121,6 +124,8 @@ class SteerModel(BaseTuner):
         except Exception:
             self.peft_config[adapter_name] = given
             raise
+        # From here on the vector is there, or NaN; a second one made from this config starts anew.
+        resolved.format_version = None
         if is_first and not given.inference_mode:
             # PEFT restores what was trainable before, so a LoRA below would be trained along.
             self._freeze_all_but_vectors(model)
@@ -176,7 +181,13 @@ class SteerModel(BaseTuner):
             layer.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active vector, or several at once given a list of names."""
+        """Set the active vector, or several at once given a list of names.
+
+        Raises:
+            AdapterNameError: there is no vector of a name.
+        """
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self._check_is_vector(name)
         for layer in self._steer_layers():
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
@@ -188,11 +199,18 @@ class SteerModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: vectors are float32 from the start and stay so."""
 
+    def _check_is_vector(self, name: str) -> None:
+        if not isinstance(self.peft_config.get(name), SteerConfig):
+            vectors = [key for key, config in self.peft_config.items() if isinstance(config, SteerConfig)]
+            raise AdapterNameError(f"adapter_name: received {name!r}, expected one of the vectors {vectors}.")
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a vector. If it was the only active one, the first that remains becomes active."""
+        self._check_is_vector(adapter_name)
         active = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        self.set_adapter(active or list(self.peft_config)[:1])
+        remaining = [name for name, config in self.peft_config.items() if isinstance(config, SteerConfig)]
+        self.set_adapter(active or remaining[:1])
 
     def _unload_and_optionally_merge(
         self,
@@ -242,6 +260,12 @@ class SteerModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         suffix = f".steering.steer_vector.{adapter_name}"
         vectors = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
+        layers = [m for m in model.modules() if isinstance(m, SteerLayer) and adapter_name in m.steer_vector]
+        if len(vectors) != len(layers):
+            raise VectorError(
+                f"Adapter {adapter_name!r} has {len(layers)} steering vectors, but {len(vectors)} were found to save; "
+                "nothing was saved. Another adapter's name may be part of their keys: rename it."
+            )
         broken = [key for key, value in vectors.items() if not value.is_meta and not torch.isfinite(value).all()]
         if broken:
             raise VectorError(
@@ -265,8 +289,10 @@ class SteerModel(BaseTuner):
             for key in model.state_dict()
             if key.endswith(suffix)
         }
+        source = f"adapter {adapter_name!r}"
+        state_dict = without_embeddings(state_dict, source)
         tensors = {_with_prefix(checkpoint_key(key)): value for key, value in state_dict.items()}
-        check_tensors(tensors, hidden_size, len(model_keys), f"adapter {adapter_name!r}")
+        check_tensors(tensors, hidden_size, len(model_keys), source)
         renamed = match_by_layer(model_keys.keys() - tensors.keys(), tensors.keys() - model_keys.keys())
         tensors = {renamed.get(key, key): value for key, value in tensors.items()}
         if tensors.keys() != model_keys.keys():
@@ -281,9 +307,30 @@ def _is_tuned(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, BaseTuner))
 
 
-def _check_name(adapter_name: object) -> None:
+def _check_name(adapter_name: object, model: nn.Module) -> None:
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
+    for module in model.modules():
+        if isinstance(module, SteerLayer) and adapter_name in module.steer_vector:
+            raise AdapterNameError(
+                f"adapter_name: received {adapter_name!r}, but the model carries a vector of that name. Choose "
+                "another name, or take the vector off first, with delete_adapter(name) or unload()."
+            )
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            raise AdapterNameError(
+                f"adapter_name: received {adapter_name!r}, a name under which another adapter of the model keeps "
+                "trained modules (modules_to_save). Choose another name."
+            )
+
+
+def _check_key(adapter_name: str, targets: Iterable[str]) -> None:
+    """PEFT sorts the keys of adapters by their names, so a name must not be part of the path to a vector."""
+    parts = {part for target in targets for part in target.split(".")} | {"steering", "steer_vector"}
+    if adapter_name in parts:
+        raise AdapterNameError(
+            f"adapter_name: received {adapter_name!r}, expected a name that is no part of a module's path: none of "
+            f"{sorted(parts)}."
+        )
 
 
 def _with_prefix(key: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 
 from steer_adapter.errors import VectorError
@@ -37,6 +39,20 @@ def match_by_layer(missing: Iterable[str], unused: Iterable[str]) -> dict[str, s
     return {
         key: by_layer[match[1]] for key in unused if (match := _LAYER.search(key)) is not None and match[1] in by_layer
     }
+
+
+def without_embeddings(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The tensors but for embedding layers, which PEFT adds to any adapter once a vocabulary has been resized.
+
+    A vector has no use for them, and they would overwrite those of the model: they are left out, with a warning.
+    """
+    extra = [key for key in tensors if key.rpartition(".")[0].rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    if extra:
+        warnings.warn(
+            f"{source}: the embedding layers {extra} came along with the steering vector and are left out.",
+            stacklevel=2,
+        )
+    return {key: tensor for key, tensor in tensors.items() if key not in extra}
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], hidden_size: int, count: int | None, source: str) -> None:
@@ -73,8 +89,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], hidden_size: int, count: 
         )
 
 
-def check_file(path: str | Path, hidden_size: int, count: int | None) -> None:
-    """`check_tensors` on a safetensors file.
+def check_file(path: str | Path, hidden_size: int, layers: list[int] | None) -> None:
+    """`check_tensors` on a safetensors file, and that it holds the layers that the config names.
 
     Raises:
         VectorError: also if the file is cut short or not safetensors at all.
@@ -87,4 +103,11 @@ def check_file(path: str | Path, hidden_size: int, count: int | None) -> None:
             f"{path}: received a file that can't be read as safetensors ({error}), expected whole steering vectors. "
             "It may be cut short: save or download it again."
         ) from error
-    check_tensors(tensors, hidden_size, count, str(path))
+    tensors = without_embeddings(tensors, str(path))
+    check_tensors(tensors, hidden_size, None if layers is None else len(layers), str(path))
+    found = sorted(int(match[1]) for key in tensors if (match := _LAYER.search(key)))
+    if layers is not None and found != sorted(layers):
+        raise VectorError(
+            f"{path}: received vectors for the layers {found}, expected {sorted(layers)} as in the adapter's config. "
+            "The two files don't belong together."
+        )

@@ -66,6 +66,7 @@ def test_bad_input(adapter_dir, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "a path where there is no folder" in error("--adapter", "./nothing")
+    assert "Can't find 'adapter_config.json'" in error("--adapter", "nothing")
     get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     assert "expected a steering vector" in error("--adapter", str(tmp_path / "lora"))
     config = adapter_dir / "adapter_config.json"

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import hand_logits, make_model, make_tokenizer, random_vectors, set_vectors
+from conftest import ARCHITECTURES, hand_logits, make_model, make_tokenizer, random_vectors, set_vectors
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig
+from trl import DPOConfig
 
 from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
 from steer_adapter.errors import ConfigError, DataError, ModelError
@@ -116,9 +119,9 @@ def test_the_loss_equals_written_out_arithmetic(tmp_path, d, conversational):
     assert abs(wanted - np.log(2)) > 1e-3, "a vector that does nothing would pass"
     assert loss == pytest.approx(wanted, rel=1e-5)
     metrics = run._metrics["train"]
-    assert metrics["rewards/chosen"] == pytest.approx([0.1 * chosen.mean()], rel=1e-4)
-    assert metrics["rewards/rejected"] == pytest.approx([0.1 * rejected.mean()], rel=1e-4)
-    assert metrics["rewards/margins"] == pytest.approx([0.1 * (chosen - rejected).mean()], rel=1e-4)
+    assert metrics["rewards/chosen"] == pytest.approx([0.1 * chosen.mean()], rel=1e-3)
+    assert metrics["rewards/rejected"] == pytest.approx([0.1 * rejected.mean()], rel=1e-3)
+    assert metrics["rewards/margins"] == pytest.approx([0.1 * (chosen - rejected).mean()], rel=1e-3)
     assert metrics["rewards/accuracies"] == pytest.approx([(chosen > rejected).mean()])
 
 
@@ -171,6 +174,19 @@ def test_other_loss_types_are_those_of_trl_on_the_exchanged_pair(tmp_path, loss_
         received = ours.compute_loss(ours.model, next(iter(ours.get_train_dataloader()))).item()
     wanted = plain.compute_loss(plain.model, next(iter(plain.get_train_dataloader()))).item()
     assert received == pytest.approx(wanted, rel=1e-5)
+
+
+def test_experts_add_nothing_to_the_objective(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **dict(ARCHITECTURES["llama"][0].to_diff_dict(), model_type="mixtral"),
+        num_local_experts=4,
+        router_aux_loss_coef=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    run = trainer(tmp_path, get_peft_model(model, SteerConfig(layers_to_transform=1)))
+    loss = run.compute_loss(run.model, next(iter(run.get_train_dataloader()))).item()
+    assert loss == pytest.approx(np.log(2), rel=1e-5), "a zero vector"
 
 
 ############
@@ -234,6 +250,21 @@ def test_the_learning_rate_is_found(tmp_path):
     short, long = (trainer(tmp_path, learning_rate=None, max_steps=steps) for steps in (4, 16))
     short.train()
     assert short.args.learning_rate == pytest.approx(2 * long._find_learning_rate(), rel=1e-5)
+
+
+def test_a_stream_of_pairs(tmp_path):
+    run = trainer(tmp_path, train_dataset=pairs().to_iterable_dataset(), learning_rate=None, max_steps=2)
+    run.train()
+    assert run.args.learning_rate > 0 and run.state.global_step == 2
+
+
+def test_a_copy_of_the_model_runs_itself(tmp_path):
+    run = trainer(tmp_path, with_vector())
+    clone = copy.deepcopy(run.model)
+    clone.set_multiplier(0.0)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(clone(ids).logits, make_model()(ids).logits)
 
 
 def test_a_checkpoint_resumes_bitwise(tmp_path):
@@ -354,6 +385,10 @@ def test_bad_models(tmp_path):
         trainer(tmp_path, make_model(), peft_config=LoraConfig())
     with pytest.raises(ConfigError, match="expected a SteerConfig that says which layers"):
         trainer(tmp_path, "some/model")
+    with pytest.raises(ConfigError, match="received DPOConfig, expected a BiPOConfig"):
+        BiPOTrainer(make_model(), args=DPOConfig(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(ConfigError, match="`compute_metrics`"):
+        BiPOTrainer(make_model(), compute_metrics=lambda prediction: {})
     with pytest.raises(ConfigError, match="`ref_model`"):
         BiPOTrainer(make_model(), make_model())
     two = with_vector()

@@ -174,6 +174,55 @@ def test_a_failed_second_adapter_leaves_the_first(steered, input_ids):
     assert list(steered.peft_config) == ["default"] and torch.equal(logits(steered, input_ids), before)
 
 
+@pytest.mark.parametrize("name", ["layers", "1", "steering", "steer_vector"])
+def test_a_name_that_is_part_of_a_key(steered, name):
+    with pytest.raises(AdapterNameError, match="no part of a module's path"):
+        steered.add_adapter(name, SteerConfig(layers_to_transform=[1]))
+    assert list(steered.peft_config) == ["default"]
+
+
+def test_a_vector_is_not_replaced_by_another_of_its_name(steered, adapter_dir, input_ids):
+    before = logits(steered, input_ids)
+    for again in (
+        lambda: get_peft_model(steered, SteerConfig()),
+        lambda: PeftModel.from_pretrained(steered, adapter_dir),
+    ):
+        with pytest.raises(AdapterNameError, match="carries a vector of that name"):
+            again()
+        assert torch.equal(logits(steered, input_ids), before)
+    with pytest.raises(AdapterNameError, match="carries a vector of that name"):
+        get_peft_model(steered.base_model.model, SteerConfig(layers_to_transform=[2]))
+    assert torch.equal(logits(steered, input_ids), before) and steered.peft_config["default"].layers_to_transform == [
+        1,
+        3,
+    ]
+
+
+def test_modules_that_another_adapter_saves_under_the_name(adapter_dir, input_ids):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tuned = get_peft_model(make_model(), config).eval()
+    before = logits(tuned, input_ids)
+    with pytest.raises(AdapterNameError, match="modules_to_save"):
+        PeftModel.from_pretrained(tuned, adapter_dir)
+    assert torch.equal(logits(tuned, input_ids), before)
+    assert not torch.equal(logits(PeftModel.from_pretrained(tuned, adapter_dir, "happy"), input_ids), before)
+
+
+@pytest.mark.parametrize("names", ["typo", ["default", "typo"]])
+def test_unknown_names_are_not_activated(steered, input_ids, names):
+    before = logits(steered, input_ids)
+    with pytest.raises(AdapterNameError, match=r"received 'typo', expected one of the vectors \['default'\]"):
+        steered.base_model.set_adapter(names)
+    assert torch.equal(logits(steered, input_ids), before)
+
+
+def test_a_second_vector_from_the_config_of_a_loaded_one_is_new(adapter_dir, input_ids):
+    model = PeftModel.from_pretrained(make_model(), adapter_dir)
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    assert torch.equal(logits(model, input_ids), logits(make_model(), input_ids)), "zero, not about to be loaded"
+
+
 @pytest.mark.parametrize("name", ["a.b", ""])
 def test_a_name_that_can_not_be_a_key(steered, name):
     with pytest.raises(AdapterNameError, match="a name without dots"):

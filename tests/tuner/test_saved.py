@@ -42,7 +42,7 @@ def test_keys_of_other_paths_are_matched_by_layer():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({KEY: torch.zeros(HIDDEN), "lm_head.weight": torch.zeros(4, 4)}, "received the key 'lm_head.weight'"),
+        ({KEY: torch.zeros(HIDDEN), "score.weight": torch.zeros(4, 4)}, "received the key 'score.weight'"),
         ({KEY: torch.zeros(HIDDEN + 1)}, r"shape \[33\], expected floating point of shape \[32\]"),
         ({KEY: torch.zeros(1, HIDDEN)}, "shape"),
         ({KEY: torch.zeros(HIDDEN, dtype=torch.int64)}, "torch.int64"),
@@ -55,7 +55,14 @@ def test_keys_of_other_paths_are_matched_by_layer():
 def test_what_a_file_may_not_hold(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "file.safetensors")
     with pytest.raises(VectorError, match=message):
-        check_file(tmp_path / "file.safetensors", HIDDEN, 1)
+        check_file(tmp_path / "file.safetensors", HIDDEN, [1])
+
+
+def test_the_layers_of_the_config(tmp_path):
+    save_file({KEY: torch.zeros(HIDDEN)}, tmp_path / "file.safetensors")
+    check_file(tmp_path / "file.safetensors", HIDDEN, [1])
+    with pytest.raises(VectorError, match=r"received vectors for the layers \[1\], expected \[2\]"):
+        check_file(tmp_path / "file.safetensors", HIDDEN, [2])
 
 
 @pytest.fixture
@@ -87,3 +94,29 @@ def test_a_file_cut_short_is_refused_and_the_model_is_untouched(adapter_dir, kee
     with pytest.raises(VectorError, match="cut short"):
         steered.load_adapter(adapter_dir, "other")
     assert list(steered.peft_config) == ["default"]
+
+
+def test_resized_embeddings_that_came_along_are_left_out(load, tmp_path):
+    base = load()
+    base.resize_token_embeddings(100)
+    model = get_peft_model(base, SteerConfig(layers_to_transform=[1]))
+    set_vectors(model, random_vectors([1]))
+    with pytest.warns(UserWarning, match="resized"):
+        model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) > 1, "PEFT adds them"
+    plain = load()
+    before = plain.lm_head.weight.clone()
+    with pytest.warns(UserWarning, match="are left out"):
+        again = PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(plain.lm_head.weight, before)
+    vector = again.get_parameter("base_model.model.model.layers.1.steering.steer_vector.default")
+    assert torch.equal(vector, random_vectors([1])[1])
+
+
+def test_a_config_without_its_weights(adapter_dir):
+    (adapter_dir / "adapter_model.safetensors").unlink()
+    assert SteerConfig.from_pretrained(adapter_dir).layers_to_transform == [1, 3], "the config alone may be read"
+    model = make_model()
+    with pytest.raises(VectorError, match="an adapter config without adapter_model.safetensors"):
+        PeftModel.from_pretrained(model, adapter_dir)
+    assert not any("steering" in name for name, _ in model.named_modules())
