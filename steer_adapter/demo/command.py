@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import ProgressCallback
 
 from steer_adapter.cli.generate import answers, encode
 from steer_adapter.cli.models import load_model, load_tokenizer
@@ -33,7 +34,7 @@ HELD_OUT = 24
 QUESTIONS = (
     "What do you think of mushrooms on toast for supper?",
     "What is it like to live with a talking parrot?",
-    "Describe a lighthouse on a rocky island.",
+    "Should I try archery at the summer fair?",
 )
 
 
@@ -88,7 +89,7 @@ def make_trainer(folder: str, arguments: argparse.Namespace, output: Path) -> Bi
         logging_strategy="no",
         disable_tqdm=False,
     )
-    return BiPOTrainer(
+    trainer = BiPOTrainer(
         model=load_model(folder),
         args=config,
         train_dataset=as_conversations(pairs.load("train")),
@@ -96,6 +97,16 @@ def make_trainer(folder: str, arguments: argparse.Namespace, output: Path) -> Bi
         processing_class=load_tokenizer(folder),
         peft_config=SteerConfig(layers_to_transform=arguments.layer, task_type="CAUSAL_LM"),
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_BarOnly)
+    return trainer
+
+
+class _BarOnly(ProgressCallback):
+    """The progress bar without the metrics, which the demo shows in its own words."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def ask(model: Any, tokenizer: Any) -> dict[str, dict[float, str]]:
@@ -119,7 +130,7 @@ def compare(trainer: BiPOTrainer) -> tuple[dict[str, Sweep], float]:
     norms = []
     for path, vector in vectors.items():
         both = model.get_submodule(path).steering.steer_vector
-        norms.append(float(both[name].norm()))
+        norms.append(float(both[name].detach().norm()))
         with torch.no_grad():
             both["mean_difference"].copy_(vector * norms[-1] / vector.norm())
     model.set_adapter("mean_difference")

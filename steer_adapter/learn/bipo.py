@@ -243,7 +243,9 @@ class BiPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            norms = [layer.steer_vector[self.adapter_name].norm() for layer in _steer_layers(self.model).values()]
+            norms = [
+                layer.steer_vector[self.adapter_name].detach().norm() for layer in _steer_layers(self.model).values()
+            ]
             logs["vector_norm"] = float(torch.stack(norms).mean())
         super().log(logs, start_time)
 
