@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from steer_adapter.decoder import Decoder, find_decoder, text_config
-from steer_adapter.errors import AdapterNameError, ConfigError, ModelError, SteerError, VectorError
+from steer_adapter.errors import AdapterNameError, SteerError, VectorError
 
 from .config import SteerConfig
 from .layer import SteerLayer
 from .saved import check_tensors, checkpoint_key, match_by_layer, without_embeddings
+from .targets import check_key, check_name, device_of, resolve
 
 
 class SteerModel(BaseTuner):
@@ -110,12 +108,12 @@ class SteerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        _check_name(adapter_name, model)
+        check_name(adapter_name, model)
         given = self.peft_config[adapter_name]
         is_first = not any(True for _ in self._steer_layers())
         # A copy is filled in: the caller's config can be used for another model.
-        resolved, self._targets = _resolve(given, model)
-        _check_key(adapter_name, self._targets)
+        resolved, self._targets = resolve(given, model)
+        check_key(adapter_name, self._targets)
         self.peft_config[adapter_name] = resolved
         if state_dict is not None:
             state_dict = {key.replace(".steering.steer_", ".steer_"): value for key, value in state_dict.items()}
@@ -150,7 +148,7 @@ class SteerModel(BaseTuner):
         if steering is None:
             steering = SteerLayer(self._targets[current_key])
             steering.attach(target)
-        steering.update_layer(adapter_name, peft_config, _device_of(target))
+        steering.update_layer(adapter_name, peft_config, device_of(target))
 
     def _freeze_all_but_vectors(self, model: nn.Module) -> None:
         vectors = {id(p) for layer in self._steer_layers() for p in layer.parameters()}
@@ -307,91 +305,5 @@ def _is_tuned(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, BaseTuner))
 
 
-def _check_name(adapter_name: object, model: nn.Module) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
-    for module in model.modules():
-        if isinstance(module, SteerLayer) and adapter_name in module.steer_vector:
-            raise AdapterNameError(
-                f"adapter_name: received {adapter_name!r}, but the model carries a vector of that name. Choose "
-                "another name, or take the vector off first, with delete_adapter(name) or unload()."
-            )
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-            raise AdapterNameError(
-                f"adapter_name: received {adapter_name!r}, a name under which another adapter of the model keeps "
-                "trained modules (modules_to_save). Choose another name."
-            )
-
-
-def _check_key(adapter_name: str, targets: Iterable[str]) -> None:
-    """PEFT sorts the keys of adapters by their names, so a name must not be part of the path to a vector."""
-    parts = {part for target in targets for part in target.split(".")} | {"steering", "steer_vector"}
-    if adapter_name in parts:
-        raise AdapterNameError(
-            f"adapter_name: received {adapter_name!r}, expected a name that is no part of a module's path: none of "
-            f"{sorted(parts)}."
-        )
-
-
 def _with_prefix(key: str) -> str:
     return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
-
-
-def _resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[str, int]]:
-    """Check everything before anything is injected; the filled-in config, and hidden size by name of target."""
-    if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
-        raise ModelError(
-            "The model has layers offloaded to disk. PEFT would rewrite the checkpoint of the base model in place to "
-            "add an adapter, so this is refused. Load the model with device_map='cpu', or with CPU offload only."
-        )
-    if config.target_modules is None:
-        decoder = find_decoder(model)
-        resolved = config.resolve(decoder, _name_of(model))
-        names = [decoder.names[layer] for layer in resolved.layers_to_transform]  # type: ignore[union-attr]
-    else:
-        names, resolved = _resolve_names(config, model)
-    if resolved.base_model_name_or_path is None:
-        resolved.base_model_name_or_path = _name_of(model)
-    modules = dict(model.named_modules())
-    for name in names:
-        if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
-            raise ModelError(f"`target_modules`: {name} is a {type(modules[name]).__name__}, which no forward runs.")
-        if not isinstance(getattr(modules[name], "steering", None), (SteerLayer, type(None))):
-            raise ModelError(f"{name} already has a `steering` of its own, expected none. It can't be steered.")
-    return resolved, dict.fromkeys(names, resolved.hidden_size or 0)
-
-
-def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], SteerConfig]:
-    try:
-        names = [
-            name
-            for name, _ in model.named_modules()
-            if name and ".steering" not in name and check_target_module_exists(config, name)
-        ]
-    except re.error as error:
-        raise ConfigError(f"`target_modules`: received the regex {config.target_modules!r}: {error}.") from error
-    if not names:
-        raise ModelError(
-            f"`target_modules`: received {config.target_modules!r}, which matches no module of "
-            f"{type(model).__name__}. Expected names as in model.named_modules()."
-        )
-    model_config = text_config(model)
-    hidden_size = config.hidden_size or getattr(model_config, "hidden_size", None)
-    if hidden_size is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no config with a `hidden_size`; expected SteerConfig(hidden_size=...), the "
-            "width of what the target modules return."
-        )
-    decoder = Decoder(tuple(names), hidden_size, getattr(model_config, "model_type", None))
-    resolved = config.resolve(decoder, _name_of(model))
-    resolved.layers_to_transform = None
-    return names, resolved
-
-
-def _name_of(model: nn.Module) -> str | None:
-    return getattr(model, "name_or_path", None) or None
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    devices = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
-    return next(devices, torch.device("cpu"))
