@@ -27,18 +27,23 @@ def check_folder(name: str) -> None:
         raise ModelError(f"{name}: received a path where there is no folder, expected a saved model or a Hub id.")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a folder or Hub id holds an adapter, such as a LoRA, rather than a model."""
+    return find_adapter_config_file(os.path.expanduser(name)) is not None
+
+
 def load_model(name: str, dtype: str = "auto") -> Any:
     """A causal language model by folder or Hub id; if it is an adapter, such as a LoRA, then a PeftModel."""
     check_folder(name)
     name = os.path.expanduser(name)
-    auto_class = AutoModelForCausalLM if find_adapter_config_file(name) is None else AutoPeftModelForCausalLM
+    auto_class = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
     return auto_class.from_pretrained(name, dtype=dtype).eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or that of an adapter's base model."""
     name = os.path.expanduser(name)
-    if find_adapter_config_file(name) is not None and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
+    if is_adapter(name) and not os.path.exists(os.path.join(name, "tokenizer_config.json")):
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     return AutoTokenizer.from_pretrained(name)
 

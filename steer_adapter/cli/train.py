@@ -17,7 +17,7 @@ from steer_adapter.learn.mean_difference import fit_mean_difference
 from steer_adapter.learn.recipes import RECIPES
 from steer_adapter.tuner import SteerConfig
 
-from .models import DTYPES, chat_or_plain, load_model, load_tokenizer
+from .models import DTYPES, chat_or_plain, is_adapter, load_model, load_tokenizer
 from .output import check_output, remove_if_empty, written_whole
 
 
@@ -99,7 +99,9 @@ def run(argv: Sequence[str]) -> None:
     finally:
         remove_if_empty(config.output_dir)
         remove_if_empty(output)
-    print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output} --prompt '...'")
+    # The vector's own config names the base model, without the LoRA that it was trained on.
+    model = f" --model {arguments.model}" if is_adapter(arguments.model) else ""
+    print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output}{model} --prompt '...'")
 
 
 def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:

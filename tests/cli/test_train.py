@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_model
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from steer_adapter import cli, verify
@@ -51,6 +51,24 @@ def test_train(argv, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "eval_loss_positive" in captured.out and "chat template" in captured.err
     assert f"steer-adapter generate --adapter {out}" in captured.out
+
+
+def test_on_a_lora_the_hint_names_it(argv, base_dir, load, tmp_path, capsys):
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(load(), lora).save_pretrained(tmp_path / "lora")
+    argv[argv.index("--model") + 1] = str(tmp_path / "lora")
+    assert cli.main(argv) == 0
+    hint = f"--adapter {tmp_path / 'out'} --model {tmp_path / 'lora'} --prompt"
+    assert hint in capsys.readouterr().out
+    assert list(vectors(tmp_path / "out")) == [
+        f"base_model.model.model.layers.{layer}.steering.steer_vector" for layer in (1, 3)
+    ]
+    outputs = []
+    for model in ([], ["--model", str(tmp_path / "lora")]):
+        generate = ["generate", "--adapter", str(tmp_path / "out"), "--prompt", "w1 w2", "--multiplier", "1", *model]
+        assert cli.main(generate) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] != outputs[1], "with and without the LoRA"
 
 
 def test_the_seed_decides(argv, tmp_path):
