@@ -7,7 +7,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -16,71 +15,20 @@ from datasets import IterableDataset
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from steer_adapter.data import check_pairs
 from steer_adapter.errors import ConfigError, ModelError
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 
+from .bipo_config import BiPOConfig
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
 from .head import install as install_head
 from .mean_difference import hidden_states
-from .recipes import RECIPES
 
 
 logger = logging.getLogger(__name__)
 PROBE_PAIRS = 8
-
-
-@dataclass
-class BiPOConfig(DPOConfig):
-    """
-    Configuration of [`BiPOTrainer`]: that of [`~trl.DPOConfig`] with other defaults. `BiPOConfig.recipe(name, ...)`
-    gives published settings.
-
-    Args:
-        learning_rate (`float`, *optional*):
-            By default it is set when training starts, from the norm of the residual stream at the steered layer and
-            from the number of steps, see [`~steer_adapter.learn.directions.auto_learning_rate`].
-        per_device_train_batch_size (`int`, defaults to 4): Pairs a step, as in the paper.
-        num_train_epochs (`float`, defaults to 5): Passes over the data.
-        lr_scheduler_type (`str`, defaults to `"cosine"`): As in the paper.
-        warmup_steps (`float`, defaults to 0.1): A share of the run; 100 steps in the paper.
-        gradient_checkpointing (`bool`, *optional*):
-            Off unless asked for: the gradient of one vector needs few activations, so it only costs a second forward.
-        bf16 (`bool`, defaults to `False`):
-            No autocast: the model runs in the dtype it was loaded in, the vector is float32 in any case.
-    """
-
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Initial learning rate; by default found from the model and the run's length."}
-    )
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Pairs a step and device."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the data."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of the run below 1."})
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Recompute activations in backward; deprecated alias of activation_checkpointing."},
-    )
-    bf16: bool | None = field(default=False, metadata={"help": "Autocast to bfloat16."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Without an accelerator there is nothing to pin for, and torch warns at every epoch.
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory: bool = False
-
-    @classmethod
-    def recipe(cls, name: str, **kwargs: Any) -> BiPOConfig:
-        """Published settings by name, e.g. `BiPOConfig.recipe("bipo-persona-llama2", output_dir="out")`.
-
-        Raises:
-            ConfigError: there is no recipe of this name.
-        """
-        if name not in RECIPES:
-            raise ConfigError(f"`recipe`: received {name!r}, expected one of {sorted(RECIPES)}.")
-        return cls(**{**RECIPES[name], **kwargs})
 
 
 class BiPOTrainer(DPOTrainer):

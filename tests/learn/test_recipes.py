@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from steer_adapter import BiPOConfig
-from steer_adapter.errors import ConfigError
 from steer_adapter.learn.recipes import RECIPES
 
 
@@ -18,12 +17,3 @@ def test_the_epochs_of_the_paper():
     epochs = {name: recipe["num_train_epochs"] for name, recipe in RECIPES.items()}
     assert epochs["bipo-persona-llama2"] == 20 and epochs["bipo-persona-mistral"] == 5
     assert epochs["bipo-jailbreak-llama2"] == 10 and epochs["bipo-truthfulqa"] == 1
-
-
-def test_own_values_win(tmp_path):
-    assert BiPOConfig.recipe("bipo-truthfulqa", output_dir=str(tmp_path), beta=0.5).beta == 0.5
-
-
-def test_an_unknown_recipe():
-    with pytest.raises(ConfigError, match="received 'bipo', expected one of"):
-        BiPOConfig.recipe("bipo", output_dir="unused")
