@@ -65,29 +65,34 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig]:
         description="Learn a steering vector from preference pairs and save it as a PEFT adapter. Every option can "
         "also stand in a YAML file given with --config; the command line wins.",
     )
-    arguments = _with_recipe(list(argv), parser)
+    recipe = _apply_recipe(argv, parser)
     parser.set_defaults(save_strategy="no", report_to="none")
     for action in parser._actions:
         if action.dest == "output_dir":
             action.help = "Folder for checkpoints (default: the folder 'checkpoints' in --output)."
     try:
-        train_arguments, config = parser.parse_args_and_config(arguments)
+        train_arguments, config = parser.parse_args_and_config(list(argv))
     except SteerError:
         raise
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
+    if train_arguments.recipe != recipe:
+        parser.error(
+            "recipe: expected on the command line (--recipe NAME); in the config file it would not be applied"
+        )
     if "--output_dir" not in argv and "--output-dir" not in argv and config.output_dir == "trainer_output":
         config.output_dir = str(Path(train_arguments.output).expanduser() / "checkpoints")
     return train_arguments, config
 
 
-def _with_recipe(arguments: list[str], parser: TrlParser) -> list[str]:
-    """Set a recipe's values as defaults, below those of the config file and of the command line."""
-    for index, argument in enumerate(arguments):
-        name = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+def _apply_recipe(argv: Sequence[str], parser: TrlParser) -> str | None:
+    """Set a recipe's values as defaults, below those of the config file and of the command line; its name."""
+    for index, argument in enumerate(argv):
+        name = argument.partition("=")[2] or "".join(argv[index + 1 : index + 2])
         if argument.partition("=")[0] == "--recipe" and name in RECIPES:
             parser.set_defaults_with_config(**RECIPES[name])
-    return arguments
+            return name
+    return None
 
 
 def run(argv: Sequence[str]) -> None:

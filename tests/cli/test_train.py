@@ -108,6 +108,13 @@ def test_a_recipe_below_the_file_and_the_command_line(argv, tmp_path):
     assert (config.weight_decay, config.beta) == (0.01, 0.3)
 
 
+def test_a_recipe_in_the_file_is_not_passed_over(argv, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("recipe: bipo-truthfulqa")
+    with pytest.raises(SystemExit) as exit_:
+        parse([*argv[1:], "--config", str(tmp_path / "run.yaml")])
+    assert exit_.value.code == 2 and "expected on the command line" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options", [["--method", "magic"], ["--layers", "x"], ["--max-steps", "many"], ["--config", "/no/f"]]
 )
