@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trl import TrlParser
 
 from steer_adapter.data import as_conversations, is_conversational, load_pairs
-from steer_adapter.errors import ConfigError, SteerError
+from steer_adapter.errors import ConfigError, DataError, MissingExtraError, SteerError
+from steer_adapter.evaluate.plots import plot_margins
+from steer_adapter.evaluate.record import record_sweep
+from steer_adapter.evaluate.sweep import Sweep, sweep
+from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
 from steer_adapter.learn.mean_difference import fit_mean_difference
+from steer_adapter.learn.provenance import measure_residual_norms
 from steer_adapter.learn.recipes import RECIPES
 from steer_adapter.tuner import SteerConfig
+from steer_adapter.tuner.facts import renew_cards
 
 from .models import DTYPES, chat_or_plain, is_adapter, load_model, load_tokenizer
 from .output import check_output, remove_if_empty, written_whole
+from .run_file import run_options, write_run_file
 
 
 @dataclass
@@ -55,6 +64,11 @@ class TrainArguments:
         default=None, metadata={"help": "Start from published settings.", "choices": sorted(RECIPES)}
     )
     overwrite: bool = field(default=False, metadata={"help": "Write into a folder that holds something already."})
+    behavior: str | None = field(default=None, metadata={"help": "What the vector is for, in a line, for its card."})
+    license: str | None = field(default=None, metadata={"help": "License of the vector, for its card: apache-2.0, …"})
+    data_sha256: str | None = field(
+        default=None, metadata={"help": "The hash that the pairs must have, as in the card of a vector."}
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig]:
@@ -113,13 +127,36 @@ def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
     """Train and write the adapter."""
     trainer = make_trainer(arguments, config)
     if arguments.method == "mean-difference":
+        trainer.provenance["method"] = arguments.method
+        measure_residual_norms(trainer)
         fit_mean_difference(trainer.model, trainer.get_train_dataloader(), trainer.adapter_name)
     else:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    if arguments.eval_data is not None:
-        trainer.evaluate()
-    with written_whole(output) as beside:
-        trainer.save_model(str(beside))
+    sweeps = measure(trainer, arguments.method) if arguments.eval_data is not None else {}
+    with kept_if_edited(output) as edited:
+        with written_whole(output) as beside:
+            trainer.save_model(str(beside))
+            write_run_file(beside, options(arguments, trainer))
+            if sweeps:
+                with suppress(MissingExtraError):  # a card without the picture says the same
+                    plot_margins(sweeps, beside / "margins.png", "Held-out pairs")
+        renew_cards(output)
+    if edited:
+        print(f"{output}: README.md was edited and is left as it is; delete it for a new one.", file=sys.stderr)
+
+
+def measure(trainer: BiPOTrainer, method: str) -> dict[str, Sweep]:
+    """Evaluate on the held-out pairs and record the margins, for the card."""
+    trainer.evaluate()
+    result = sweep(trainer.model, list(trainer.get_eval_dataloader()), progress=not trainer.args.disable_tqdm)
+    record_sweep(trainer.model.peft_config[trainer.adapter_name], result)
+    return {method: result}
+
+
+def options(arguments: TrainArguments, trainer: BiPOTrainer) -> dict[str, Any]:
+    """What `run.yaml` holds."""
+    found = replace(arguments, data_sha256=trainer.provenance["data"]["sha256"])
+    return run_options(found, trainer.args, BiPOConfig(output_dir=trainer.args.output_dir))
 
 
 def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
@@ -142,10 +179,16 @@ def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
         print(
             "The pairs are put into the model's chat template (--chat off leaves them as plain text).", file=sys.stderr
         )
+    known = {"license": arguments.license, "behavior": arguments.behavior}
+    if is_adapter(arguments.model):
+        known["trained_on"] = _name_of(arguments.model)
     steer_config = SteerConfig(
-        layers_to_transform=arguments.layers, multiplier=arguments.multiplier, task_type="CAUSAL_LM"
+        layers_to_transform=arguments.layers,
+        multiplier=arguments.multiplier,
+        task_type="CAUSAL_LM",
+        provenance={name: value for name, value in known.items() if value is not None},
     )
-    return BiPOTrainer(
+    trainer = BiPOTrainer(
         model=model,
         args=config,
         train_dataset=formatted(train),
@@ -153,3 +196,22 @@ def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
         processing_class=tokenizer,
         peft_config=steer_config,
     )
+    _name_sources(trainer, arguments)
+    return trainer
+
+
+def _name_sources(trainer: BiPOTrainer, arguments: TrainArguments) -> None:
+    data = trainer.provenance["data"]
+    data["source"] = _name_of(arguments.data)
+    if arguments.eval_data is not None:
+        trainer.provenance["held_out"]["source"] = _name_of(arguments.eval_data)
+    if arguments.data_sha256 not in (None, data["sha256"]):
+        raise DataError(
+            f"{arguments.data}: the pairs have the SHA-256 {data['sha256']}, expected {arguments.data_sha256}. They "
+            "are not those that the run was made with; leave out --data-sha256 to train on them all the same."
+        )
+
+
+def _name_of(source: str) -> str:
+    """A Hub id as it is, and of a path the last part: the rest is nobody's business."""
+    return Path(source).name if os.path.exists(os.path.expanduser(source)) else source

@@ -17,11 +17,13 @@ from steer_adapter.cli.models import load_model, load_tokenizer
 from steer_adapter.cli.output import check_output, remove_if_empty, written_whole
 from steer_adapter.data import as_conversations
 from steer_adapter.evaluate.plots import plot_margins
+from steer_adapter.evaluate.record import record_sweep
 from steer_adapter.evaluate.report import answers_section, margins_table
 from steer_adapter.evaluate.sweep import Sweep, sweep
 from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
 from steer_adapter.learn.mean_difference import fit_mean_difference
 from steer_adapter.tuner import SteerConfig
+from steer_adapter.tuner.facts import renew_cards
 
 from . import pairs
 from .model import NAME, smollm2
@@ -67,10 +69,12 @@ def run(argv: Sequence[str]) -> None:
     sweeps, norm = compare(trainer)
     print("\nHeld-out margins in nats (change of log p(cheerful) - log p(gloomy) against multiplier 0):\n")
     print(margins_table(sweeps))
+    record_sweep(trainer.model.peft_config[trainer.adapter_name], sweeps["BiPO"])
     with written_whole(output) as beside:
         trainer.save_model(str(beside))
         plot_margins(sweeps, beside / "margins.png", f"{NAME}, layer {arguments.layer}: {HELD_OUT} held-out pairs")
         (beside / "report.md").write_text(report(arguments, by_question, sweeps, norm), encoding="utf-8")
+    renew_cards(output)
     remove_if_empty(trainer.args.output_dir)
     minutes, seconds = divmod(round(time.time() - start), 60)
     print(f"\nAdapter, margins.png and report.md are in {output} ({minutes} min {seconds} s). Ask it something:")
@@ -95,7 +99,11 @@ def make_trainer(folder: str, arguments: argparse.Namespace, output: Path) -> Bi
         train_dataset=as_conversations(pairs.load("train")),
         eval_dataset=as_conversations(pairs.load("test").select(range(HELD_OUT))),
         processing_class=load_tokenizer(folder),
-        peft_config=SteerConfig(layers_to_transform=arguments.layer, task_type="CAUSAL_LM"),
+        peft_config=SteerConfig(
+            layers_to_transform=arguments.layer,
+            task_type="CAUSAL_LM",
+            provenance={"behavior": "cheerful rather than gloomy answers"},
+        ),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_BarOnly)

@@ -19,12 +19,14 @@ from trl import DPOTrainer
 
 from steer_adapter.data import check_pairs
 from steer_adapter.errors import ConfigError, ModelError
+from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 
 from .bipo_config import BiPOConfig
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
 from .head import install as install_head
 from .mean_difference import hidden_states
+from .provenance import finish_record, measure_residual_norms, start_record
 
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class BiPOTrainer(DPOTrainer):
             raise ConfigError("`compute_metrics`: expected None. Evaluation runs in both directions and reports both.")
         for name, dataset in _named(train_dataset, eval_dataset):
             check_pairs(dataset, name)
+        self.provenance = start_record(train_dataset, eval_dataset, args.seed)
         self._direction = 1
         model, peft_config = _with_vector(model, peft_config, args.seed)
         vectors = {} if isinstance(model, str) else _copy_vectors(model)
@@ -137,6 +140,7 @@ class BiPOTrainer(DPOTrainer):
         _check_trainable(self.model)
         if self.args.learning_rate is None:
             self.args.learning_rate = self._find_learning_rate()
+        measure_residual_norms(self)
         return super().train(*args, **kwargs)
 
     def _find_learning_rate(self) -> float:
@@ -220,15 +224,21 @@ class BiPOTrainer(DPOTrainer):
     ##########
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """The adapter alone: no tokenizer, no pickled arguments, no other adapters."""
+        """The adapter and its card: no tokenizer, no pickled arguments, no other adapters."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(
-            output_dir or self.args.output_dir,
-            state_dict=state_dict,
-            selected_adapters=[self.adapter_name],
-            save_embedding_layers=False,
-            is_main_process=self.args.should_save,
-        )
+        folder = output_dir or self.args.output_dir
+        finish_record(self)
+        with kept_if_edited(folder):
+            model.save_pretrained(
+                folder,
+                state_dict=state_dict,
+                selected_adapters=[self.adapter_name],
+                save_embedding_layers=False,
+                is_main_process=self.args.should_save,
+            )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the card comes with the adapter that is saved, and TRL's would replace it."""
 
 
 def _named(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
-import math
+import functools
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steer_adapter.decoder import Decoder
 from steer_adapter.errors import ConfigError, ModelError, VectorError
-from steer_adapter.operations import OPERATIONS
+from steer_adapter.files.json_file import read_json, shorten
+from steer_adapter.files.names import same_model
 
+from .config_values import FORMAT_VERSION, check_values
+from .facts import renew_cards
+from .provenance import versions
 from .saved import check_file
 
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +51,9 @@ class SteerConfig(PeftConfig):
             checked when it is loaded. A custom model without a config needs `hidden_size` from you.
         format_version (`int`, *optional*):
             Version of the saved form. Written on save, `None` before.
+        provenance (`dict`, *optional*):
+            Where the vector comes from: method, data and their hash, seed, versions, measured margins. See
+            `docs/format.md` for its keys. It changes nothing in what the vector does.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range, or the file is newer than this package.
@@ -64,16 +72,18 @@ class SteerConfig(PeftConfig):
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the model."})
     model_type: str | None = field(default=None, metadata={"help": "Text model type of the model."})
     format_version: int | None = field(default=None, metadata={"help": "Version of the saved form."})
+    provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Where the vector comes from."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lacks_weights_at: str | None = None
+        self.saved_keys: list[str] | None = None
         from peft.utils import PeftType
 
         self.peft_type = PeftType("STEER")
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
-        _check_values(self)
+        check_values(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -83,7 +93,7 @@ class SteerConfig(PeftConfig):
             VectorError: the weights are cut short, not finite, or not steering vectors of the config's shape.
             ConfigError: the file does not say which version of the format it is.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
         if not isinstance(config, SteerConfig):
             return config
@@ -95,8 +105,21 @@ class SteerConfig(PeftConfig):
             config.lacks_weights_at = str(pretrained_model_name_or_path)
         elif config.hidden_size is not None:
             layers = config.layers_to_transform
-            check_file(path, config.hidden_size, layers if isinstance(layers, list) else None)
+            config.saved_keys = check_file(path, config.hidden_size, layers if isinstance(layers, list) else None)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The object in a config file.
+
+        Raises:
+            ConfigError: it is no config of an adapter, or see [`~steer_adapter.files.json_file.read_json`].
+        """
+        values = read_json(path_json_file)
+        if not isinstance(values.get("peft_type"), str) or {"cls", "self"} & values.keys():
+            raise ConfigError(f"{path_json_file}: received {shorten(values)}, expected the config of a PEFT adapter.")
+        values.pop("runtime_config", None)  # as PEFT does
+        return values
 
     @property
     def is_saved(self) -> bool:
@@ -104,10 +127,14 @@ class SteerConfig(PeftConfig):
         return self.format_version is not None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the version of the format."""
+        """Write `adapter_config.json`, with the version of the format; and the card, if the weights are there."""
         saved = copy.copy(self)
         saved.format_version = FORMAT_VERSION
+        saved.provenance = {"versions": versions(), **(self.provenance or {})}
+        check_values(saved)
         PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+        if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+            renew_cards(save_directory)
 
     def resolve(self, decoder: Decoder, model_name: str | None) -> SteerConfig:
         """This config with its layers and shape filled in for a model, after checking that it fits.
@@ -122,6 +149,7 @@ class SteerConfig(PeftConfig):
             )
         if self.is_saved:
             _check_shape(self, decoder, model_name)
+            note_transfer(self.base_model_name_or_path, model_name)
         resolved = copy.copy(self)
         resolved.layers_to_transform = _resolve_layers(self.layers_to_transform, len(decoder))
         resolved.hidden_size = decoder.hidden_size
@@ -138,57 +166,25 @@ def _find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str
         return path if os.path.exists(path) else None
     try:
         return hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+    except LocalEntryNotFoundError as error:
+        raise VectorError(
+            f"{name_or_path}: the adapter's {SAFETENSORS_WEIGHTS_NAME} is not in the cache and can't be downloaded "
+            f"now ({error}). Try again with a connection."
+        ) from error
     except EntryNotFoundError:
         return None
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_values(config: SteerConfig) -> None:
-    _check_format_version(config.format_version)
-    if isinstance(config.multiplier, bool) or not isinstance(config.multiplier, (int, float)):
-        raise ConfigError(f"`multiplier`: received {config.multiplier!r}, expected a number.")
-    if not math.isfinite(config.multiplier):
-        raise ConfigError(f"`multiplier`: received {config.multiplier}, expected a finite number.")
-    if config.operation not in list(OPERATIONS):
-        raise ConfigError(
-            f"`operation`: received {config.operation!r}, expected one of {sorted(OPERATIONS)}. "
-            "If it comes from a file, upgrade with: pip install -U steer-adapter"
+@functools.cache
+def note_transfer(made_for: str | None, model_name: str | None) -> None:
+    """Say once that a vector is put on another checkpoint than the one it was made for."""
+    if not same_model(made_for, model_name):
+        logger.warning(
+            "The steering vector was made for %s and is loaded on %s, another model of the same shape. Whether it "
+            "transfers has to be measured.",
+            made_for,
+            model_name,
         )
-    for name in ("hidden_size", "num_hidden_layers"):
-        value = getattr(config, name)
-        if value is not None and not (_is_int(value) and value > 0):
-            raise ConfigError(f"`{name}`: received {value!r}, expected a positive integer.")
-    _check_targets(config)
-
-
-def _check_format_version(version: object) -> None:
-    if version is None:
-        return
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ConfigError(f"`format_version`: received {version!r}, expected an integer from 1 to {FORMAT_VERSION}.")
-    if version > FORMAT_VERSION:
-        raise ConfigError(
-            f"`format_version`: received {version}, but this steer-adapter reads up to {FORMAT_VERSION}. "
-            "The adapter was saved by a newer version: pip install -U steer-adapter"
-        )
-
-
-def _check_targets(config: SteerConfig) -> None:
-    layers, targets = config.layers_to_transform, config.target_modules
-    if layers is not None and targets is not None:
-        raise ConfigError(
-            f"Received both `layers_to_transform`={layers!r} and `target_modules`={targets!r}, expected one of them."
-        )
-    if layers is not None and not (_is_int(layers) or (isinstance(layers, list) and all(map(_is_int, layers)))):
-        raise ConfigError(f"`layers_to_transform`: received {layers!r}, expected an integer or a list of integers.")
-    if layers == [] or targets in ([], ""):
-        raise ConfigError("Received an empty list of layers to steer, expected at least one, or None for all.")
-    is_names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if targets is not None and not isinstance(targets, str) and not is_names:
-        raise ConfigError(f"`target_modules`: received {targets!r}, expected a string or a list of strings.")
 
 
 def _check_shape(config: SteerConfig, decoder: Decoder, model_name: str | None) -> None:

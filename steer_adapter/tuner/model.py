@@ -290,6 +290,8 @@ class SteerModel(BaseTuner):
         source = f"adapter {adapter_name!r}"
         state_dict = without_embeddings(state_dict, source)
         tensors = {_with_prefix(checkpoint_key(key)): value for key, value in state_dict.items()}
+        if len(tensors) < len(state_dict):
+            raise VectorError(f"{source}: received two vectors for the same place in {sorted(state_dict)}.")
         check_tensors(tensors, hidden_size, len(model_keys), source)
         renamed = match_by_layer(model_keys.keys() - tensors.keys(), tensors.keys() - model_keys.keys())
         tensors = {renamed.get(key, key): value for key, value in tensors.items()}

@@ -15,6 +15,7 @@ from steer_adapter.errors import AdapterNameError, ConfigError, ModelError
 
 from .config import SteerConfig
 from .layer import SteerLayer
+from .saved import PREFIX, check_place, checkpoint_key
 
 
 def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[str, int]]:
@@ -32,6 +33,11 @@ def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[st
         names, resolved = _resolve_names(config, model)
     if resolved.base_model_name_or_path is None:
         resolved.base_model_name_or_path = _name_of(model)
+    if resolved.revision is None and not config.is_saved:
+        resolved.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if resolved.saved_keys is not None:
+        check_place(resolved.saved_keys, names, f"The adapter made for {config.base_model_name_or_path!r}")
+        resolved.saved_keys = None
     modules = dict(model.named_modules())
     for name in names:
         if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)):
@@ -65,6 +71,8 @@ def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], St
     decoder = Decoder(tuple(names), hidden_size, getattr(model_config, "model_type", None))
     resolved = config.resolve(decoder, _name_of(model))
     resolved.layers_to_transform = None
+    # Names, not a regex: one from a stranger could run for ever.
+    resolved.target_modules = [checkpoint_key(f"{PREFIX}{name}").removeprefix(PREFIX) for name in names]
     return names, resolved
 
 
@@ -84,8 +92,9 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
     Raises:
         AdapterNameError: with the reason.
     """
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
+    # PEFT saves an adapter in a folder of its name.
+    if not isinstance(adapter_name, str) or not adapter_name or any(c in adapter_name for c in "./\\\0"):
+        raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots and slashes.")
     for module in model.modules():
         if isinstance(module, SteerLayer) and adapter_name in module.steer_vector:
             raise AdapterNameError(

@@ -13,6 +13,7 @@ from steer_adapter.cli.train import parse
 from steer_adapter.learn.mean_difference import fit_mean_difference
 
 
+FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "run.yaml")
 ROWS = [
     {"question": f"w{i} w{i + 1} ?", "good": f"w{i + 2} w{i + 3} w{i + 5} .", "bad": f"w{i + 4} w{i} ."}
     for i in range(10)
@@ -42,7 +43,7 @@ def vectors(folder):
 def test_train(argv, tmp_path, capsys):
     assert cli.main([*argv, "--eval-data", argv[argv.index("--data") + 1], "--multiplier", "0.5"]) == 0
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert {p.name for p in out.iterdir()} == {*FILES, "margins.png"}
     config = PeftConfig.from_pretrained(out)
     assert (config.layers_to_transform, config.multiplier, config.task_type) == ([1, 3], 0.5, "CAUSAL_LM")
     assert config.base_model_name_or_path == argv[argv.index("--model") + 1]

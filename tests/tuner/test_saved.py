@@ -45,7 +45,7 @@ def test_keys_of_other_paths_are_matched_by_layer():
         ({KEY: torch.zeros(HIDDEN), "score.weight": torch.zeros(4, 4)}, "received the key 'score.weight'"),
         ({KEY: torch.zeros(HIDDEN + 1)}, r"shape \[33\], expected floating point of shape \[32\]"),
         ({KEY: torch.zeros(1, HIDDEN)}, "shape"),
-        ({KEY: torch.zeros(HIDDEN, dtype=torch.int64)}, "torch.int64"),
+        ({KEY: torch.zeros(HIDDEN, dtype=torch.int64)}, "I64"),
         ({KEY: torch.full((HIDDEN,), float("nan"))}, "NaN or infinity"),
         ({KEY: torch.full((HIDDEN,), float("inf"))}, "NaN or infinity"),
         ({KEY: torch.zeros(HIDDEN), KEY.replace("1", "2"): torch.zeros(HIDDEN)}, "received 2 steering vectors"),

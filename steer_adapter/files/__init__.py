@@ -1,0 +1,1 @@
+"""What an adapter's folder holds, read as if a stranger had written it."""

@@ -1,0 +1,106 @@
+"""The card's file: written and renewed, but left alone once somebody has edited it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import yaml_dump
+
+from .card import LIBRARY_TITLE
+
+
+NAME = "README.md"
+_MARKER = re.compile(r"<!-- steer-adapter card ([0-9a-f]{64}) -->")
+_FRAMEWORK = re.compile(r"### Framework versions|- PEFT \S+")
+# PEFT writes these into every card; for a local model they hold a path, which the Hub refuses.
+_PEFT_TAG = "base_model:adapter:"
+
+
+def is_edited(text: str) -> bool:
+    """Whether the text of a card is anything but what this package, or PEFT for want of better, wrote there."""
+    card = ModelCard(text, ignore_metadata_errors=True).text
+    marker = _MARKER.search(card)
+    return _digest(card) != (marker[1] if marker else _digest(ModelCard.from_template(ModelCardData()).text))
+
+
+def is_library_card(path: Path) -> bool:
+    """Whether a card is that of a folder with adapters in subfolders, or the stub that PEFT leaves there."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return LIBRARY_TITLE in text.splitlines() or (not is_edited(text) and not _MARKER.search(text))
+
+
+def write_card(path: Path, data: Mapping[str, Any], body: str, versions: Mapping[str, str]) -> bool:
+    """Write or renew a card.
+
+    Of a card that somebody edited only the metadata is looked after; of any other the metadata that is not ours is
+    kept.
+
+    Args:
+        path: of the file.
+        data: the metadata.
+        body: the text.
+        versions: of frameworks, for its last section.
+
+    Returns:
+        whether the text was written.
+    """
+    previous = _load(path)
+    if previous is not None and is_edited(previous.content):
+        wanted = {k: v for k, v in previous.data.to_dict().items() if k != "base_model" or "base_model" in data}
+        _write(path, _with_tags(wanted, data), previous.text)
+        return False
+    kept = {} if previous is None else previous.data.to_dict()
+    if kept.get("license") in (None, "unknown"):
+        kept.pop("license", None)
+    merged = {**data, **{key: value for key, value in kept.items() if key not in _OURS}}
+    framework = "\n".join(f"- {name} {version}" for name, version in versions.items())
+    text = f"{body}\n\n### Framework versions\n\n{framework}\n"
+    _write(path, _with_tags(merged, data, kept.get("tags")), f"{text}\n<!-- steer-adapter card {_digest(text)} -->\n")
+    return True
+
+
+_OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags")
+
+
+@contextmanager
+def kept_if_edited(folder: str | Path) -> Iterator[bool]:
+    """Put an edited card back, byte for byte, after others have been at it; whether there is one."""
+    path = Path(folder, NAME)
+    before = path.read_bytes() if path.is_file() else b""
+    edited = bool(before) and is_edited(before.decode("utf-8", errors="replace"))
+    yield edited
+    if edited:
+        path.write_bytes(before)
+
+
+def _load(path: Path) -> ModelCard | None:
+    if not path.is_file():
+        return None
+    return ModelCard(path.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True)
+
+
+def _with_tags(data: Mapping[str, Any], ours: Mapping[str, Any], tags: Any = None) -> dict[str, Any]:
+    present = tags if isinstance(tags, list) else data.get("tags")
+    kept = {tag for tag in present if not str(tag).startswith(_PEFT_TAG)} if isinstance(present, list) else set()
+    return {**data, "tags": sorted(kept | set(ours.get("tags", ())), key=str)}
+
+
+def _write(path: Path, data: Mapping[str, Any], text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
+        beside.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.lstrip()}")
+    os.chmod(beside.name, 0o644)
+    os.replace(beside.name, path)
+
+
+def _digest(text: str) -> str:
+    """Of the words: PEFT adds its version to every card and changes white space."""
+    lines = (" ".join(line.split()) for line in _MARKER.sub("", text).splitlines())
+    return hashlib.sha256("\n".join(x for x in lines if x and not _FRAMEWORK.fullmatch(x)).encode()).hexdigest()

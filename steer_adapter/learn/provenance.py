@@ -1,0 +1,104 @@
+"""What a trainer knows of where its vector comes from, written into the adapter's config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+import trl
+from datasets import IterableDataset
+
+from steer_adapter.data import COLUMNS, is_conversational
+from steer_adapter.tuner import SteerLayer
+from steer_adapter.tuner.provenance import versions
+
+from .mean_difference import hidden_states
+
+
+if TYPE_CHECKING:
+    from .bipo import BiPOTrainer
+
+PROBE_PAIRS = 8
+HYPERPARAMETERS = (
+    "beta", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
+
+
+def pairs_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 over the pairs, each as one line of JSON with sorted keys, UTF-8, no spaces and a line feed after it."""
+    digest = hashlib.sha256()
+    for row in rows:
+        pair = {column: row[column] for column in COLUMNS if column in row}
+        line = json.dumps(pair, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+        digest.update(line.encode("utf-8", errors="surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def describe_pairs(dataset: Any) -> dict[str, Any]:
+    """Number and hash of pairs; nothing of those that can be read but once."""
+    if dataset is None or isinstance(dataset, (IterableDataset, dict)):
+        return {}
+    return {"pairs": len(dataset), "sha256": pairs_hash(dataset)}
+
+
+def start_record(train_dataset: Any, eval_dataset: Any, seed: int) -> dict[str, Any]:
+    """What is known before training."""
+    record: dict[str, Any] = {"method": "bipo", "seed": seed}
+    if described := describe_pairs(train_dataset):
+        record |= {"data": described, "chat": is_conversational(train_dataset[0])}
+    if described := describe_pairs(eval_dataset):
+        record["held_out"] = described
+    return record
+
+
+def measure_residual_norms(trainer: BiPOTrainer) -> None:
+    """Record mean |h| at each steered layer over the tokens of the first pairs, with the vector off."""
+    model, training = trainer.model, trainer.model.training
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SteerLayer) and trainer.adapter_name in module.steer_vector
+    }
+    batch = trainer.data_collator(list(islice(trainer.train_dataset, PROBE_PAIRS)))
+    model.eval()  # dropout would draw from the generator that training draws from
+    try:
+        with torch.no_grad(), model.disable_adapter():
+            states = hidden_states(model, batch, layers)
+    finally:
+        model.train(training)
+    mask = batch["attention_mask"].bool()
+    trainer.provenance["residual_norms"] = {
+        _place(name): float(state[mask.to(state.device)].float().norm(dim=-1).mean()) for name, state in states.items()
+    }
+
+
+def _place(name: str) -> str:
+    """The layer's index, or the path of another module: `name` ends in `.steering`."""
+    path = name.rpartition(".")[0].removeprefix("base_model.model.")
+    last = path.rpartition(".")[2]
+    return last if last.isdecimal() else path
+
+
+def finish_record(trainer: BiPOTrainer) -> None:
+    """Write the record into the config of the adapter that is about to be saved."""
+    config = trainer.model.peft_config[trainer.adapter_name]
+    record = dict(trainer.provenance)
+    if trainer.state.global_step:
+        values = {name: getattr(trainer.args, name) for name in HYPERPARAMETERS}
+        record["hyperparameters"] = {
+            **{name: _plain(value) for name, value in values.items()}, "steps": trainer.state.global_step
+        }  # fmt: skip
+    record["versions"] = {**versions(), "trl": trl.__version__}
+    config.provenance = {**(config.provenance or {}), **record}
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)  # of an enum
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
