@@ -202,8 +202,8 @@ def _introduction(facts: Facts, base: str) -> str:
         f"A steering vector is added to the output of a decoder layer while the model runs; no weight changes.{what} "
         f"This one steers {'layers' if several else 'layer'} {facts.places} (counted from 0) of {base}"
         f" ({inline(config.get('model_type'))}, hidden size {config.get('hidden_size')}, "
-        f"{config.get('num_hidden_layers')} layers). It loads with [PEFT](https://github.com/huggingface/peft) and the "
-        "package `steer-adapter`."
+        f"{config.get('num_hidden_layers')} layers). It loads with [PEFT](https://github.com/huggingface/peft) and "
+        "the package `steer-adapter`."
     )
 
 

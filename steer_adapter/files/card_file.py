@@ -81,6 +81,18 @@ def kept_if_edited(folder: str | Path) -> Iterator[bool]:
         path.write_bytes(before)
 
 
+def adopt_metadata(path: Path, text: str) -> None:
+    """Take over what the metadata of another version of a card say and this one's don't, such as a license."""
+    card = _load(path)
+    if card is None:
+        path.write_text(text, encoding="utf-8")
+        return
+    other = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    own = {k: v for k, v in card.data.to_dict().items() if (k, v) != ("license", "unknown")}
+    if missing := {key: value for key, value in other.items() if key not in own}:
+        _write(path, {**card.data.to_dict(), **missing}, card.text)
+
+
 def _load(path: Path) -> ModelCard | None:
     if not path.is_file():
         return None

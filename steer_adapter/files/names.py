@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
-_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$")
+_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]+)/?$")
 
 
 def hub_id(name: str | None) -> str | None:
@@ -25,6 +28,22 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def revision_of(name: str | None) -> str | None:
+    """The commit that a model was loaded from; `None` if that can't be told.
+
+    A model does not remember it: it is read off the path, or off the cache if that holds a single snapshot.
+    """
+    match = _IN_CACHE.search((name or "").replace(os.path.sep, "/"))
+    if match:
+        return match[3]
+    repo_id = hub_id(name)
+    if repo_id is None:
+        return None
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots")
+    found = [path.parent.name for path in folder.glob("*/config.json")]
+    return found[0] if len(found) == 1 else None
 
 
 def same_model(first: str | None, second: str | None) -> bool:

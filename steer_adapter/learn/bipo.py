@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import textwrap
 from collections import defaultdict
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -20,6 +22,7 @@ from trl import DPOTrainer
 from steer_adapter.data import check_pairs
 from steer_adapter.errors import ConfigError, ModelError
 from steer_adapter.files.card_file import kept_if_edited
+from steer_adapter.sharing.push import push_adapters
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 
 from .bipo_config import BiPOConfig
@@ -236,6 +239,34 @@ class BiPOTrainer(DPOTrainer):
                 save_embedding_layers=False,
                 is_main_process=self.args.should_save,
             )
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapter and push it, see [`~steer_adapter.sharing.push.push_adapters`], which takes the rest."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        push = functools.partial(
+            push_adapters,
+            self.args.output_dir,
+            self.hub_model_id,
+            private=private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            **kwargs,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the card comes with the adapter that is saved, and TRL's would replace it."""

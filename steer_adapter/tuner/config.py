@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -165,7 +165,13 @@ def _find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         return path if os.path.exists(path) else None
     try:
-        return hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        path = hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        # PEFT asks this once more when the model has been changed already, and takes no for an answer.
+        name = f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}" if subfolder else SAFETENSORS_WEIGHTS_NAME
+        asked = {key: hub_kwargs[key] for key in ("revision", "token") if key in hub_kwargs}
+        if not constants.HF_HUB_OFFLINE and not file_exists(name_or_path, name, **asked):
+            raise VectorError(f"{name_or_path}: received no access to the repository, of which the cache has a copy.")
+        return path
     except LocalEntryNotFoundError as error:
         raise VectorError(
             f"{name_or_path}: the adapter's {SAFETENSORS_WEIGHTS_NAME} is not in the cache and can't be downloaded "

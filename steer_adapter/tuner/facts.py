@@ -18,6 +18,7 @@ from steer_adapter.version import __version__
 
 from .saved import place_of, read_vectors, without_embeddings
 
+
 _NO_PARTS = (".", "_", "checkpoint-")
 
 
@@ -62,32 +63,37 @@ def _is_part_of_library(folder: Path) -> bool:
     return (folder.parent / CONFIG_NAME).is_file() or (card.is_file() and is_library_card(card))
 
 
-def renew_cards(folder: str | Path, name: str | None = None) -> bool:
+def renew_cards(folder: str | Path) -> None:
     """Write the card of an adapter and, if it is one of a library, that of the library. Edited ones are left alone.
 
     Args:
         folder: the adapter's.
-        name: to load it by, where that is not the folder.
-
-    Returns:
-        whether the adapter's card was written.
     """
     folder = Path(folder)
     if _is_part_of_library(folder):
-        _renew_library(folder.parent, str(folder.parent))
-        facts = facts_of(folder, str(folder.parent), folder.name)
+        _renew_top(folder.parent, str(folder.parent))
+        _renew(facts_of(folder, str(folder.parent), folder.name), folder)
     else:
-        facts = facts_of(folder, name or str(folder))
-    return write_card(folder / NAME, metadata(facts), body(facts), _versions())
+        _renew(facts_of(folder, str(folder)), folder)
 
 
-def _renew_library(folder: Path, name: str) -> None:
+def renew_all_cards(folder: Path, name: str) -> None:
+    """Write the cards of an adapter or a library, and of all in it, with another name to load them by."""
+    _renew_top(folder, name)
+    for subfolder in subfolders(folder):
+        _renew(facts_of(folder / subfolder, name, subfolder), folder / subfolder)
+
+
+def _renew_top(folder: Path, name: str) -> None:
     if (folder / CONFIG_NAME).is_file():
-        facts = facts_of(folder, name)
-        write_card(folder / NAME, metadata(facts), body(facts), _versions())
+        _renew(facts_of(folder, name), folder)
         return
-    data: dict[str, Any] = {"library_name": "peft", "tags": ["steer-adapter", "steering-vector"]}
+    data: dict[str, Any] = {"library_name": "peft", "tags": ["steer-adapter", "steering-vector"], "license": "unknown"}
     write_card(folder / NAME, data, library_body(name, subfolders(folder)), _versions())
+
+
+def _renew(facts: Facts, folder: Path) -> None:
+    write_card(folder / NAME, metadata(facts), body(facts), _versions())
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from steer_adapter.decoder import Decoder, find_decoder, text_config
 from steer_adapter.errors import AdapterNameError, ConfigError, ModelError
+from steer_adapter.files.names import revision_of
 
 from .config import SteerConfig
 from .layer import SteerLayer
@@ -34,7 +35,7 @@ def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[st
     if resolved.base_model_name_or_path is None:
         resolved.base_model_name_or_path = _name_of(model)
     if resolved.revision is None and not config.is_saved:
-        resolved.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        resolved.revision = revision_of(_name_of(model))
     if resolved.saved_keys is not None:
         check_place(resolved.saved_keys, names, f"The adapter made for {config.base_model_name_or_path!r}")
         resolved.saved_keys = None
