@@ -75,7 +75,10 @@ class SteerConfig(PeftConfig):
     provenance: dict[str, Any] | None = field(default=None, metadata={"help": "Where the vector comes from."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(shorten(str(error), 400)) from error
         self.lacks_weights_at: str | None = None
         self.saved_keys: list[str] | None = None
         from peft.utils import PeftType

@@ -152,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.state.url}/{name}", "name": name, "id": name}
         if name in self.state.repos:
             return self._json({**url, "error": "You already created this model repo"}, 409)
-        repo = self.state.repos[name] = Repo(private=bool(asked.get("private") or asked.get("visibility") == "private"))
+        repo = self.state.repos[name] = Repo(
+            private=bool(asked.get("private") or asked.get("visibility") == "private")
+        )
         repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self._json(url)
 
@@ -238,7 +240,11 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(self.body)["paths"] if self.body[:1] == b"{" else form.get("paths", [])
             files = repo.commits[oid]
             self._json(
-                [{"type": "file", "path": p, "size": len(files[p]), "oid": _git_oid(files[p])} for p in asked if p in files]
+                [
+                    {"type": "file", "path": p, "size": len(files[p]), "oid": _git_oid(files[p])}
+                    for p in asked
+                    if p in files
+                ]
             )
 
     def refs(self, name: str) -> None:

@@ -52,9 +52,7 @@ ROUTES = {
 def save_vector(folder: Path, seed: int = 1, adapter: str = "default", layers: list[int] = LAYERS) -> None:
     model = make_model()
     model.name_or_path = "user/base"
-    model = get_peft_model(
-        model, SteerConfig(layers_to_transform=layers, task_type="CAUSAL_LM"), adapter_name=adapter
-    )
+    model = get_peft_model(model, SteerConfig(layers_to_transform=layers, task_type="CAUSAL_LM"), adapter_name=adapter)
     set_vectors(model, random_vectors(layers, seed=seed), adapter)
     model.save_pretrained(folder)
 
@@ -132,7 +130,9 @@ def test_offline_from_the_cache(hub, tmp_path, tmp_path_factory):
     offline.run(PRELUDE)
     for route in ROUTES.values():
         check(offline, route.format("'user/cached'"))
-    report = "from steer_adapter.sharing.inspection import inspect_adapters as i; result = i('user/cached')[0]['layers']"
+    report = (
+        "from steer_adapter.sharing.inspection import inspect_adapters as i; result = i('user/cached')[0]['layers']"
+    )
     assert [layer["layer"] for layer in offline.run(report)] == ["1", "3"]
     offline.close()
     assert len(hub.requests) == asked
