@@ -232,17 +232,22 @@ BODY = struct.pack(f"<{2 * HIDDEN}f", *[0.5] * (2 * HIDDEN))
 @pytest.mark.parametrize(
     "weights",
     [
-        pytest.param(header_only({**VECTORS, "base_model.model.model.norm.weight": entry(256, [32])}, BODY + bytes(128)), id="foreign key"),
+        pytest.param(
+            header_only({**VECTORS, "base_model.model.model.norm.weight": entry(256, [32])}, BODY + bytes(128)),
+            id="foreign key",
+        ),
         pytest.param(header_only(VECTORS, BODY[:-4] + struct.pack("<f", float("nan"))), id="NaN"),
         pytest.param(header_only(VECTORS, struct.pack("<f", float("inf")) + BODY[4:]), id="infinity"),
         pytest.param(
-            header_only({k: entry(i * 256, [HIDDEN], "F64", 8) for i, k in enumerate(KEYS)}, struct.pack("<64d", *[1e300] * 64)),
+            header_only(
+                {k: entry(i * 256, [HIDDEN], "F64", 8) for i, k in enumerate(KEYS)}, struct.pack("<64d", *[1e300] * 64)
+            ),
             id="too large for float32",
         ),
         pytest.param(header_only(dict.fromkeys(KEYS, entry(0, [HIDDEN])), BODY[:128]), id="one place for two"),
         pytest.param(header_only(VECTORS, BODY + b"more"), id="more bytes"),
         pytest.param(struct.pack("<Q", 2**63), id="a header of 2**63 bytes"),
-        pytest.param(header_only({KEYS[0]: {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}), id="4 TB"),
+        pytest.param(header_only({KEYS[0]: entry(0, [2**40])}), id="4 TB"),
         pytest.param(header_only({KEYS[0]: entry(0, [2**20] * 8)}), id="2**160 numbers"),
         pytest.param(b'\x10\x00\x00\x00\x00\x00\x00\x00{"a":' + b"[" * 11, id="brackets"),
         pytest.param(struct.pack("<Q", 400_000) + b"[" * 400_000, id="deep"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from steer_adapter.errors import ConfigError, SteerError
+from steer_adapter.errors import SteerError
 from steer_adapter.files.card import Facts, recommended_range
 from steer_adapter.files.names import same_model
-from steer_adapter.tuner import SteerConfig
 from steer_adapter.tuner.facts import facts_of
 
-from .source import adapters, fetch
+from .source import adapters, fetch, load_config
 
 
 def inspect_adapters(
@@ -33,11 +32,7 @@ def inspect_adapters(
 
 def _inspected(adapter: str, path: Path, source: str) -> dict[str, Any]:
     try:
-        config = SteerConfig.from_pretrained(str(path))
-        if not isinstance(config, SteerConfig):
-            raise ConfigError(f"received an adapter of type {config.peft_type}, expected a steering vector.")
-        if config.lacks_weights_at:
-            raise ConfigError(f"{path}: the adapter has no adapter_model.safetensors; pickled weights are not read.")
+        load_config(path)
         return {"name": adapter, **described(facts_of(path, source, None if adapter == "default" else adapter))}
     except SteerError as error:
         return {"name": adapter, "error": str(error)}

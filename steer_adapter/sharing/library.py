@@ -7,11 +7,10 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from steer_adapter.errors import ConfigError, ModelError
-from steer_adapter.tuner import SteerConfig
+from steer_adapter.tuner import SteerConfig, SteerModel
 from steer_adapter.tuner.targets import check_key, check_name, resolve
 
-from .source import adapters, fetch
+from .source import adapters, fetch, load_config
 
 
 def load_library(
@@ -38,22 +37,21 @@ def load_library(
     """
     found = adapters(fetch(name, revision, token), name, names)
     for adapter, folder in found.items():
-        _check(model, adapter, SteerConfig.from_pretrained(str(folder)), str(folder))
+        _check(model, adapter, load_config(folder))
     for adapter, folder in found.items():
-        if isinstance(model, PeftModel):
+        if carries_vectors(model):
             model.load_adapter(str(folder), adapter)
         else:
             model = PeftModel.from_pretrained(model, str(folder), adapter_name=adapter)
     return model
 
 
-def _check(model: nn.Module, adapter: str, config: Any, folder: str) -> None:
-    if not isinstance(config, SteerConfig):
-        raise ConfigError(f"{folder}: received an adapter of type {config.peft_type}, expected a steering vector.")
-    if isinstance(model, PeftModel) and not isinstance(model.active_peft_config, SteerConfig):
-        raise ModelError(
-            "Received a PeftModel with another adapter; load the first vector with PeftModel.from_pretrained."
-        )
-    base = model.base_model.model if isinstance(model, PeftModel) else model
+def carries_vectors(model: nn.Module) -> bool:
+    """Whether a model is a PeftModel of vectors, and not of a LoRA, around which another is put."""
+    return isinstance(model, PeftModel) and isinstance(model.base_model, SteerModel)
+
+
+def _check(model: Any, adapter: str, config: SteerConfig) -> None:
+    base = model.base_model.model if carries_vectors(model) else model
     check_name(adapter, base)
     check_key(adapter, resolve(config, base)[1])

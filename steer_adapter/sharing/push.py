@@ -14,12 +14,11 @@ from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import yaml_dump
 
-from steer_adapter.errors import OutputError, SteerError, VectorError
+from steer_adapter.errors import OutputError, SteerError
 from steer_adapter.files.card_file import NAME, adopt_metadata, is_edited
-from steer_adapter.tuner import SteerConfig
 from steer_adapter.tuner.facts import renew_all_cards
 
-from .source import FILES, adapters
+from .source import FILES, adapters, load_config
 
 
 logger = logging.getLogger(__name__)
@@ -70,9 +69,7 @@ def push_adapters(
 
 
 def _check(path: Path) -> None:
-    config = SteerConfig.from_pretrained(str(path))
-    if not isinstance(config, SteerConfig) or config.lacks_weights_at:
-        raise VectorError(f"{path}: received no whole steering vector, expected its config and its weights.")
+    load_config(path)
     for file in FILES:
         if (path / file).is_symlink() or path.is_symlink():
             raise OutputError(f"{path / file}: received a symbolic link, expected the files themselves.")

@@ -9,8 +9,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from steer_adapter.errors import AdapterNameError, ConfigError
-from steer_adapter.files.json_file import shorten
+from steer_adapter.errors import AdapterNameError, ConfigError, VectorError
+from steer_adapter.files.json_file import read_json, shorten
+from steer_adapter.tuner import SteerConfig
 from steer_adapter.tuner.facts import subfolders
 
 
@@ -35,6 +36,21 @@ def fetch(name: str, revision: str | None = None, token: str | bool | None = Non
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except HFValidationError as error:
         raise ConfigError(f"{name}: received neither a folder nor a Hub id ({error}).") from error
+
+
+def load_config(folder: Path) -> SteerConfig:
+    """The config of a vector, with its weights checked.
+
+    Raises:
+        ConfigError, VectorError: it is no vector, or not whole.
+    """
+    peft_type = read_json(folder / CONFIG_NAME).get("peft_type")
+    if peft_type != "STEER":
+        raise ConfigError(f"{folder}: received an adapter of type {shorten(peft_type)}, expected a steering vector.")
+    config: SteerConfig = SteerConfig.from_pretrained(str(folder))
+    if config.lacks_weights_at is not None:
+        raise VectorError(f"{folder}: the adapter has no {SAFETENSORS_WEIGHTS_NAME}; pickled weights are not read.")
+    return config
 
 
 def adapters(folder: Path, source: str, names: list[str] | None = None) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import constants, file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steer_adapter.decoder import Decoder
@@ -119,7 +120,8 @@ class SteerConfig(PeftConfig):
             ConfigError: it is no config of an adapter, or see [`~steer_adapter.files.json_file.read_json`].
         """
         values = read_json(path_json_file)
-        if not isinstance(values.get("peft_type"), str) or {"cls", "self"} & values.keys():
+        known = isinstance(values.get("peft_type"), str) and values["peft_type"] in PEFT_TYPE_TO_CONFIG_MAPPING
+        if not known or {"cls", "self"} & values.keys():
             raise ConfigError(f"{path_json_file}: received {shorten(values)}, expected the config of a PEFT adapter.")
         values.pop("runtime_config", None)  # as PEFT does
         return values

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import hand_logits, make_model, make_tokenizer, random_vectors, set_vectors
+from hub.client import Client, ClientError
+from hub.server import TOKEN, Hub
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 from steer_adapter import SteerConfig
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-from client import Client, ClientError
-from server import TOKEN, Hub
 
 
 pytestmark = pytest.mark.slow
@@ -201,7 +197,7 @@ def test_the_card_on_the_hub(hub, owner, stranger, tmp_path):
     assert card.data.base_model == "user/base" and card.data.base_model_relation == "adapter"
     assert "base_model:adapter:user/base" in card.data.tags and str(tmp_path) not in card.content
     (snippet,) = card.content.split("```python\n")[1:]
-    printed = "import contextlib, io; out = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    exec({!r}, dict(names={{}}))\n"
+    printed = "import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as out:\n    exec({!r}, {{}})\n"
     assert stranger.run(printed.format(snippet.partition("```")[0]) + "result = out.getvalue()").strip()
 
 
