@@ -50,10 +50,10 @@ def load_steered(adapter: str, base: str | None, dtype: str) -> tuple[Any, PreTr
     Raises:
         ModelError: the adapter is not a steering vector, or does not say what it was made for.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     check_folder(adapter)
-    config = PeftConfig.from_pretrained(adapter)
+    config = SteerConfig.from_pretrained(adapter)
     if not isinstance(config, SteerConfig):
         raise ModelError(f"{adapter}: received an adapter of type {config.peft_type}, expected a steering vector.")
     name = base or config.base_model_name_or_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -25,10 +26,22 @@ _PEFT_TAG = "base_model:adapter:"
 
 
 def is_edited(text: str) -> bool:
-    """Whether the text of a card is anything but what this package, or PEFT for want of better, wrote there."""
+    """Whether the text of a card is anything but what this package, PEFT or transformers wrote there."""
     card = ModelCard(text, ignore_metadata_errors=True).text
     marker = _MARKER.search(card)
-    return _digest(card) != (marker[1] if marker else _digest(ModelCard.from_template(ModelCardData()).text))
+    return _digest(card) not in ([marker[1]] if marker else _stubs())
+
+
+@functools.cache
+def _stubs() -> tuple[str, ...]:
+    """Of PEFT, and of transformers, whose `push_to_hub` leaves one in a new repository."""
+    description = (
+        "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+        "automatically generated."
+    )
+    data = ModelCardData()
+    cards = [ModelCard.from_template(data), ModelCard.from_template(data, model_description=description)]
+    return tuple(_digest(card.text) for card in cards)
 
 
 def is_library_card(path: Path) -> bool:

@@ -39,8 +39,11 @@ def read_pt(path: str | Path) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.ndim != 1 or not value.is_floating_point() or not value.numel():
         described = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise VectorError(f"{path}: received {described}, expected one floating point tensor of shape [hidden_size].")
-    if value.layout is not torch.strided or value.untyped_storage().nbytes() > MAX_BYTES or value.is_quantized:
-        raise VectorError(f"{path}: received a {value.layout} tensor, expected a plain one.")
+    if value.layout is not torch.strided or value.is_quantized or value.numel() > MAX_BYTES // 4:
+        raise VectorError(
+            f"{path}: received a {value.layout} tensor of {value.numel()} numbers, expected a plain one of a model's "
+            "hidden size."
+        )
     vector = value.detach().float().clone()
     if not torch.isfinite(vector).all():
         raise VectorError(f"{path}: received a vector with NaN or infinity, expected finite values.")

@@ -72,7 +72,7 @@ def adapters(folder: Path, source: str, names: list[str] | None = None) -> dict[
         raise ConfigError(f"{source}: received a folder without {CONFIG_NAME}, expected an adapter or several.")
     if names is None:
         return found
-    unknown = [name for name in names if name not in found]
+    unknown = [name for name in names if name not in list(found)]
     if unknown or isinstance(names, str):
         raise AdapterNameError(f"{source}: received the names {shorten(names)}, expected some of {sorted(found)}.")
     return {name: found[name] for name in names}

@@ -169,3 +169,41 @@ def test_a_run_goes_on_from_a_checkpoint(argv, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     assert cli.main([*argv, "--resume-from-checkpoint", str(checkpoint)]) == 0
     assert all(torch.equal(value, whole[key]) for key, value in vectors(tmp_path / "out").items())
+
+
+def test_the_run_file_makes_the_same_vector(argv, tmp_path, monkeypatch):
+    data = argv[argv.index("--data") + 1]
+    options = ["--eval-data", data, "--seed", "9", "--beta", "0.3", "--license", "mit", "--behavior", "a test"]
+    monkeypatch.chdir(tmp_path)
+    argv[argv.index("--output") + 1] = "out"  # paths are written whole
+    assert cli.main([*argv, *options]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for method in ([], ["--method", "mean-difference"]):
+        again = ["--output", str(tmp_path / f"again{len(method)}"), "--config", str(tmp_path / "out" / "run.yaml")]
+        assert cli.main(["train", *again, *method]) == 0
+    first, same, other = (vectors(tmp_path / name) for name in ("out", "again0", "again2"))
+    assert all(torch.equal(first[key], same[key]) and not torch.equal(first[key], other[key]) for key in first)
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert config.provenance["license"] == "mit" and config.provenance["data"]["source"] == "pairs.jsonl"
+    assert set(config.provenance["margins"]) == {"-2", "-1", "1", "2"}
+    assert PeftConfig.from_pretrained(tmp_path / "again2").provenance["method"] == "mean-difference"
+
+
+def test_data_that_have_changed_are_not_trained_on(argv, data, tmp_path, capsys):
+    assert cli.main(argv) == 0
+    data.write_text("\n".join(map(json.dumps, ROWS[:-1])))
+    assert cli.main(["train", "--config", str(tmp_path / "out" / "run.yaml"), "--output", str(tmp_path / "b")]) == 1
+    assert "the pairs have the SHA-256" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_an_edited_card_survives_overwriting(argv, tmp_path, capsys):
+    assert cli.main(argv) == 0
+    readme = tmp_path / "out" / "README.md"
+    assert f"adapter = {str(tmp_path / 'out')!r}" in readme.read_text()
+    readme.write_text("# Mine\n")
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert readme.read_text() == "# Mine\n" and "README.md was edited" in capsys.readouterr().err
+    readme.unlink()
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert "# A steering vector" in readme.read_text()

@@ -112,6 +112,16 @@ def test_push_and_load_by_every_route(hub, owner, stranger, tmp_path, route):
     check(stranger, ROUTES[route].format("'user/vector'"))
 
 
+def test_what_transformers_pushes_loads_and_gets_our_card_later(hub, owner, stranger, tmp_path):
+    save_vector(tmp_path)
+    owner.run(f"PeftModel.from_pretrained(base(), {str(tmp_path)!r}).push_to_hub('user/direct')")
+    for route in ROUTES.values():
+        check(stranger, route.format("'user/direct'"))
+    assert b"automatically generated" in hub.files("user/direct")["README.md"]
+    push(owner, tmp_path, "user/direct")
+    assert b"A steering vector for user/base" in hub.files("user/direct")["README.md"]
+
+
 def test_offline_from_the_cache(hub, tmp_path, tmp_path_factory):
     save_vector(tmp_path)
     home = tmp_path_factory.mktemp("home")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_model, random_vectors, set_vectors
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from steer_adapter import SteerConfig
 from steer_adapter.decoder import Decoder
@@ -125,3 +126,58 @@ def test_one_config_serves_two_models():
     again = get_peft_model(make_model("gpt2"), config)
     with torch.no_grad():
         assert torch.isfinite(again(torch.tensor([[1, 2]])).logits).all(), "a fresh vector, not one to be loaded"
+
+
+def test_another_checkpoint_of_the_same_shape_is_said_once(adapter_dir, caplog):
+    edit(adapter_dir, base_model_name_or_path="org/made-for")
+    for _ in range(2):
+        model = make_model()
+        model.name_or_path = "org/put-on"
+        PeftModel.from_pretrained(model, adapter_dir)
+    said = [record.getMessage() for record in caplog.records if "org/made-for" in record.getMessage()]
+    assert len(said) == 1 and "org/put-on" in said[0] and "transfers" in said[0]
+
+
+def test_the_same_model_by_another_path_is_not_another(adapter_dir, caplog):
+    edit(adapter_dir, base_model_name_or_path="org/model")
+    model = make_model()
+    model.name_or_path = "/data/model"
+    PeftModel.from_pretrained(model, adapter_dir)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"peft_type": "NOTHING"}', '{"peft_type": ["STEER"]}', '{"peft_type": "STEER", "cls": 1}']
+)
+def test_what_is_no_config(adapter_dir, text):
+    (adapter_dir / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="expected"):
+        SteerConfig.from_pretrained(adapter_dir)
+
+
+def test_names_are_saved_and_not_a_regex(tmp_path):
+    model = get_peft_model(make_model(), SteerConfig(target_modules=r"model\.layers\.[02]"))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["model.layers.0", "model.layers.2"]
+    assert (
+        PeftModel.from_pretrained(make_model(), tmp_path).peft_config["default"].target_modules
+        == saved["target_modules"]
+    )
+
+
+def test_vectors_in_the_wrong_place_are_refused_before_anything_is_injected(adapter_dir):
+    path = adapter_dir / "adapter_model.safetensors"
+    tensors = {key.replace("layers.3", "layers.2"): value for key, value in load_file(path).items()}
+    save_file(tensors, path)
+    edit(adapter_dir, layers_to_transform=None)
+    model = make_model()
+    with pytest.raises(VectorError, match="received vectors for .*layers.1.*expected .*layers.0"):
+        PeftModel.from_pretrained(model, adapter_dir)
+    assert not any("steering" in name for name, _ in model.named_modules())
+
+
+def test_the_revision_of_the_base_model(tmp_path):
+    model = make_model()
+    model.name_or_path = "/cache/hub/models--org--model/snapshots/0123abcd"
+    assert get_peft_model(model, SteerConfig()).peft_config["default"].revision == "0123abcd"

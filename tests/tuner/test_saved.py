@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from steer_adapter import SteerConfig
 from steer_adapter.errors import VectorError
-from steer_adapter.tuner.saved import check_file, checkpoint_key, match_by_layer
+from steer_adapter.tuner.saved import check_file, check_place, checkpoint_key, match_by_layer, place_of
 
 
 KEY = "base_model.model.model.layers.1.steering.steer_vector"
@@ -63,6 +63,39 @@ def test_the_layers_of_the_config(tmp_path):
     check_file(tmp_path / "file.safetensors", HIDDEN, [1])
     with pytest.raises(VectorError, match=r"received vectors for the layers \[1\], expected \[2\]"):
         check_file(tmp_path / "file.safetensors", HIDDEN, [2])
+
+
+def test_vectors_that_have_no_place():
+    names = ["base_model.model.model.layers.1", "base_model.model.model.layers.3"]
+    keys = [f"base_model.model.model.layers.{i}.steering.steer_vector" for i in (1, 3)]
+    check_place(keys, names, "here")
+    check_place([key.replace("model.layers", "language_model.layers") for key in keys], names, "here")
+    for wrong in (keys[:1], [*keys, keys[0].replace("1", "2")], [keys[0], keys[1].replace(".3.", ".03.")]):
+        with pytest.raises(VectorError, match="^here: received vectors for"):
+            check_place(wrong, names, "here")
+
+
+@pytest.mark.parametrize("keys", [[KEY, KEY.replace("base_model.model.", "base_model.model.base_model.model.")]])
+def test_two_keys_for_one_place(tmp_path, keys):
+    save_file({key: torch.zeros(HIDDEN) for key in keys}, tmp_path / "file.safetensors")
+    with pytest.raises(VectorError, match="two vectors for the same place"):
+        check_file(tmp_path / "file.safetensors", HIDDEN, None)
+
+
+def test_a_large_head_is_not_loaded_by_the_check(tmp_path, monkeypatch):
+    tensors = {KEY: torch.zeros(HIDDEN), "base_model.model.lm_head.weight": torch.zeros(1000, HIDDEN)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    seen = []
+    monkeypatch.setattr(
+        "steer_adapter.tuner.saved.read_vectors", lambda path, keys: seen.extend(keys) or {KEY: torch.zeros(HIDDEN)}
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        assert check_file(tmp_path / "file.safetensors", HIDDEN, [1]) == [KEY] == seen
+
+
+def test_places():
+    assert place_of(KEY) == "1"
+    assert place_of("base_model.model.lm_head.steering.steer_vector") == "lm_head"
 
 
 @pytest.fixture

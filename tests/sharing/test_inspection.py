@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from conftest import make_model, random_vectors, set_vectors
+from peft import get_peft_model
+
+from steer_adapter import SteerConfig
+from steer_adapter.sharing.inspection import card_warnings, fit, inspect_adapters
+from steer_adapter.tuner.facts import facts_of
+
+
+KNOWN = {
+    "license": "mit",
+    "behavior": "calm",
+    "data": {"sha256": "0" * 64},
+    "margins": {"1": {"margin": 2.0}},
+    "side_effects": {"perplexity": "+1 %"},
+    "residual_norms": {"1": 2.0},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, base_dir, load):
+    model = get_peft_model(load(), SteerConfig(layers_to_transform=1, multiplier=2.0, provenance=KNOWN))
+    model.add_adapter("calm", SteerConfig(layers_to_transform=[0, 2]))
+    set_vectors(model, random_vectors([1]))
+    set_vectors(model, random_vectors([0, 2]), "calm")
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_what_is_found(folder, base_dir):
+    first, second = inspect_adapters(str(folder))
+    norm = float(random_vectors([1])[1].norm())
+    assert first["name"] == "default" and second["name"] == "calm"
+    assert first["layers"] == [
+        {"layer": "1", "norm": pytest.approx(norm), "residual_norm": 2.0, "dose": pytest.approx(2.0 * norm / 2.0)}
+    ]
+    assert first["base_model"] == str(base_dir()) and first["model_type"] == "llama"
+    assert (first["operation"], first["multiplier"], first["format_version"]) == ("add", 2.0, 1)
+    assert first["recommended_multipliers"] == (0.0, 1.0) and first["license"] == "mit"
+    assert [layer["layer"] for layer in second["layers"]] == ["0", "2"] and second["layers"][0]["dose"] is None
+    json.dumps([first, second], allow_nan=False)
+
+
+def test_no_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("torch.nn.Module.__init__", lambda *args: pytest.fail("a module was made"))
+    assert len(inspect_adapters(str(folder), ["calm"])) == 1
+
+
+def test_a_broken_one_among_others(folder):
+    (folder / "calm" / "adapter_model.safetensors").write_bytes(b"cut")
+    first, second = inspect_adapters(str(folder))
+    assert "error" not in first and "cut short" in second["error"]
+
+
+def test_warnings(folder):
+    first, second = inspect_adapters(str(folder))
+    local = [w for w in first["card_warnings"] if "local path" in w]
+    assert local and set(first["card_warnings"]) - set(local) == {"the revision of the base model is not recorded"}
+    assert {"no license was chosen", "the data is not recorded", "side effects were not measured"} <= set(
+        second["card_warnings"]
+    )
+    (folder / "README.md").unlink()
+    assert "there is no README.md" in card_warnings(facts_of(folder, "x"))
+
+
+def test_fit(folder, base_dir, tmp_path):
+    (report, _) = inspect_adapters(str(folder))
+    assert fit(report, str(base_dir())) == "fits"
+    assert fit(report, str(base_dir("qwen3"))).startswith("fits by its shape, but was made for")
+    other = copy.deepcopy(make_model().config)
+    other.num_hidden_layers = 9
+    other.save_pretrained(tmp_path / "nine")
+    assert "num_hidden_layers=4" in fit(report, str(tmp_path / "nine"))
