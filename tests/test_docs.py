@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parent.parent
@@ -21,9 +23,9 @@ def blocks(path: str) -> list[tuple[str, str]]:
     return BLOCK.findall((ROOT / path).read_text(encoding="utf-8"))
 
 
-def run_page(path: str, skip: tuple[str, ...] = ()) -> None:
-    """Bash and Python of one page, in the current folder; the Python shares its names."""
-    names: dict[str, object] = {"__name__": "__main__"}
+def run_page(path: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Bash and Python of one page, in the current folder; the Python shares its names, which come back."""
+    names: dict[str, Any] = {"__name__": "__main__"}
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for language, code in blocks(path):
         if language == "bash" and code not in skip:
@@ -32,6 +34,7 @@ def run_page(path: str, skip: tuple[str, ...] = ()) -> None:
             exec(compile(code, path, "exec"), names)
         else:
             assert language in ("bash", "text"), f"{path} has a block that no test runs: {code}"
+    return names
 
 
 def commands() -> tuple[str, ...]:
@@ -41,6 +44,22 @@ def commands() -> tuple[str, ...]:
 def test_concepts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page("docs/concepts.md")
+
+
+@pytest.mark.slow
+def test_share(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("docs/share.md")
+
+
+def test_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_page("docs/format.md")
+    for folder in ("llama", "gpt2", "targets", "library/calm"):
+        path = ROOT / "tests" / "golden" / folder / "adapter_model.safetensors"
+        wanted = {key: value.tolist() for key, value in load_file(path).items()}
+        _, vectors = names["read_vectors"](path.parent)
+        assert {f"base_model.model.{module}.steering.steer_vector": v for module, v in vectors.items()} == wanted
 
 
 @pytest.mark.real_model

@@ -20,7 +20,7 @@ from steer_adapter.evaluate.sweep import Sweep, sweep
 from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
 from steer_adapter.learn.mean_difference import fit_mean_difference
-from steer_adapter.learn.provenance import measure_residual_norms
+from steer_adapter.learn.provenance import begin_record
 from steer_adapter.learn.recipes import RECIPES
 from steer_adapter.tuner import SteerConfig
 from steer_adapter.tuner.facts import renew_cards
@@ -128,7 +128,7 @@ def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
     trainer = make_trainer(arguments, config)
     if arguments.method == "mean-difference":
         trainer.provenance["method"] = arguments.method
-        measure_residual_norms(trainer)
+        begin_record(trainer)
         fit_mean_difference(trainer.model, trainer.get_train_dataloader(), trainer.adapter_name)
     else:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

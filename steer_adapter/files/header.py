@@ -18,7 +18,7 @@ from steer_adapter.errors import ConfigError, VectorError
 from .json_file import parse_json, shorten
 
 
-MAX_HEADER = 1 << 22
+MAX_HEADER = 1 << 20
 MAX_DIMENSIONS = 8
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,

@@ -29,7 +29,7 @@ from .bipo_config import BiPOConfig
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
 from .head import install as install_head
 from .mean_difference import hidden_states
-from .provenance import finish_record, measure_residual_norms, start_record
+from .provenance import begin_record, finish_record, start_record
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class BiPOTrainer(DPOTrainer):
         _check_trainable(self.model)
         if self.args.learning_rate is None:
             self.args.learning_rate = self._find_learning_rate()
-        measure_residual_norms(self)
+        begin_record(self)
         return super().train(*args, **kwargs)
 
     def _find_learning_rate(self) -> float:

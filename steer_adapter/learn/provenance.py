@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .bipo import BiPOTrainer
 
 PROBE_PAIRS = 8
+MEASURED = ("data", "held_out", "hyperparameters", "imported_from", "margins", "residual_norms", "side_effects")
 HYPERPARAMETERS = (
     "beta", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
     "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -56,8 +57,15 @@ def start_record(train_dataset: Any, eval_dataset: Any, seed: int) -> dict[str, 
     return record
 
 
-def measure_residual_norms(trainer: BiPOTrainer) -> None:
-    """Record mean |h| at each steered layer over the tokens of the first pairs, with the vector off."""
+def begin_record(trainer: BiPOTrainer) -> None:
+    """Drop what was measured of the vector before it is trained, and record how strong the residual stream is."""
+    config = trainer.model.peft_config[trainer.adapter_name]
+    config.provenance = {key: value for key, value in (config.provenance or {}).items() if key not in MEASURED}
+    _record_residual_norms(trainer)
+
+
+def _record_residual_norms(trainer: BiPOTrainer) -> None:
+    """Mean |h| at each steered layer over the tokens of the first pairs, with the vector off."""
     model, training = trainer.model, trainer.model.training
     layers = {
         name: module

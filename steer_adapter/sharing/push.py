@@ -63,8 +63,8 @@ def push_adapters(
         raise
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
         raise OutputError(
-            f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {error}). The repository shows what it "
-            "showed before: an adapter appears whole or not at all. Push again."
+            f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {error}). An adapter appears in the "
+            "repository whole or not at all. Push again."
         ) from error
 
 

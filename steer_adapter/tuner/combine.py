@@ -144,6 +144,7 @@ def _combined_config(configs: list[SteerConfig], method: str) -> SteerConfig:
     combined = copy.copy(configs[0])
     combined.format_version = None  # new, not about to be loaded
     combined.init_weights = True
+    combined.provenance = {"method": f"combined ({method})"}  # what was measured holds for its sources
     combined.multiplier = sum(c.multiplier for c in configs) / len(configs) if method == "mean" else 1.0
     if combined.target_modules is None:
         combined.layers_to_transform = sorted({layer for c in configs for layer in _layers_of(c)})

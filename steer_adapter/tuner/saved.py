@@ -59,10 +59,11 @@ def without_embeddings(tensors: Mapping[str, T], source: str) -> dict[str, T]:
     PEFT adds those to any adapter once a vocabulary has been resized. A vector has no use for them, and they would
     overwrite those of the model: they are left out, with a warning.
     """
-    extra = [key for key in tensors if key.rpartition(".")[0].rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    extra = {key for key in tensors if key.rpartition(".")[0].rpartition(".")[2] in EMBEDDING_LAYER_NAMES}
     if extra:
         warnings.warn(
-            f"{source}: the embedding layers {shorten(extra)} came along with the steering vector and are left out.",
+            f"{source}: the embedding layers {shorten(sorted(extra))} came along with the steering vector and are "
+            "left out.",
             stacklevel=2,
         )
     return {key: tensor for key, tensor in tensors.items() if key not in extra}

@@ -71,6 +71,16 @@ def test_residual_norms_are_those_of_the_unsteered_model(tmp_path):
         assert run.provenance["residual_norms"][str(layer)] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
 
 
+def test_what_was_measured_before_training_does_not_hold_after_it(tmp_path):
+    run = trainer(tmp_path, save_strategy="no")
+    config = run.model.peft_config["default"]
+    config.provenance |= {"margins": {"1": {"margin": 1.0}}, "side_effects": {"x": 1}, "imported_from": {}}
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    known = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["provenance"]
+    assert not {"margins", "side_effects", "imported_from"} & known.keys() and known["license"] == "mit"
+
+
 def test_checkpoints_and_the_folder_above_them(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=1)
     run.train()

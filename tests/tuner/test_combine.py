@@ -112,3 +112,9 @@ def test_a_lora_is_not_a_vector(input_ids):
     plain.add_adapter(LoraConfig(target_modules=["q_proj"]), "low_rank")
     with pytest.raises(AdapterNameError, match=r"received \['low_rank'\], expected names from \[\]"):
         add_weighted_adapter(plain, ["low_rank"], [1.0], "both")
+
+
+def test_what_was_measured_of_the_sources_is_not_claimed(model):
+    model.peft_config["default"].provenance = {"method": "bipo", "margins": {"1": {"margin": 2.0}}}
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both")
+    assert model.peft_config["both"].provenance == {"method": "combined (linear)"}
