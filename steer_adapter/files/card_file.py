@@ -120,7 +120,7 @@ def _with_tags(data: Mapping[str, Any], ours: Mapping[str, Any], tags: Any = Non
 
 def _write(path: Path, data: Mapping[str, Any], text: str) -> None:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
-        beside.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.lstrip()}")
+        beside.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.strip()}\n")
     os.chmod(beside.name, 0o644)
     os.replace(beside.name, path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from steer_adapter.files.json_file import shorten
 
 
 _LAYER = re.compile(r"layer[_-]?([0-9]{1,4})", re.IGNORECASE)
-MAX_BYTES = 1 << 26
+MAX_BYTES = 1 << 24
 
 
 def read_pt(path: str | Path) -> torch.Tensor:
@@ -27,6 +28,7 @@ def read_pt(path: str | Path) -> torch.Tensor:
         raise VectorError(f"{path}: received a path where there is no file, expected a .pt file.")
     if os.path.getsize(path) > MAX_BYTES:
         raise VectorError(f"{path}: received {os.path.getsize(path)} bytes, expected one vector.")
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,6 +50,17 @@ def read_pt(path: str | Path) -> torch.Tensor:
     if not torch.isfinite(vector).all():
         raise VectorError(f"{path}: received a vector with NaN or infinity, expected finite values.")
     return vector
+
+
+def _check_archive(path: str | Path) -> None:
+    """Refuse an archive that unpacks to more than it is: torch stores tensors as they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # of an older kind, or damaged, which torch says
+    if packed:
+        raise VectorError(f"{path}: received an archive with compressed entries ({shorten(packed)}), expected none.")
 
 
 def layer_of(path: str | Path, given: int | None) -> int:

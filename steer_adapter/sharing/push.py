@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import yaml_dump
 
 from steer_adapter.errors import OutputError, SteerError
@@ -82,7 +82,10 @@ def _push(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            api.model_info(repo_id, revision=revision)
+        except RevisionNotFoundError:
+            api.create_branch(repo_id, branch=revision)
     with tempfile.TemporaryDirectory() as beside:
         staged = Path(beside)
         for part in {folder, *parts}:

@@ -174,7 +174,8 @@ def _find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str
         # PEFT asks this once more when the model has been changed already, and takes no for an answer.
         name = f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}" if subfolder else SAFETENSORS_WEIGHTS_NAME
         asked = {key: hub_kwargs[key] for key in ("revision", "token") if key in hub_kwargs}
-        if not constants.HF_HUB_OFFLINE and not file_exists(name_or_path, name, **asked):
+        local = constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only")
+        if not local and not file_exists(name_or_path, name, **asked):
             raise VectorError(f"{name_or_path}: received no access to the repository, of which the cache has a copy.")
         return path
     except LocalEntryNotFoundError as error:

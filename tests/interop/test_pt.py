@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -61,6 +62,16 @@ def test_what_is_damaged(tmp_path, data):
     (tmp_path / "v.pt").write_bytes(data)
     with pytest.raises(VectorError, match="v.pt"):
         read_pt(tmp_path / "v.pt")
+
+
+def test_an_archive_that_unpacks_to_more(tmp_path):
+    torch.save(torch.zeros(1 << 20), tmp_path / "v.pt")
+    with zipfile.ZipFile(tmp_path / "v.pt") as plain, zipfile.ZipFile(tmp_path / "w.pt", "w", 8) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert (tmp_path / "w.pt").stat().st_size < 20_000
+    with pytest.raises(VectorError, match="compressed entries"):
+        read_pt(tmp_path / "w.pt")
 
 
 def test_what_is_not_there_or_too_large(tmp_path):

@@ -54,6 +54,9 @@ def test_an_edited_card_survives_saving(tmp_path):
     readme.write_text(readme.read_text().replace("# A steering vector", "# My steering vector"))
     model.save_pretrained(tmp_path)
     assert "# My steering vector" in readme.read_text()
+    before = readme.read_bytes()
+    model.save_pretrained(tmp_path)
+    assert readme.read_bytes() == before
     readme.unlink()
     model.save_pretrained(tmp_path)
     assert "# A steering vector" in readme.read_text()
