@@ -309,6 +309,11 @@ def test_configs_that_are_refused(target: Target, config: bytes):
 )
 def test_values_that_are_refused(target: Target, changes: dict[str, Any]):
     assert target.load(config=json.dumps({**target.config, **changes}).encode()) is None
+    steered = get_peft_model(make_model(), SteerConfig(layers_to_transform=2, task_type="CAUSAL_LM"))
+    before = steered.state_dict().keys()
+    with pytest.raises(SteerError):
+        steered.load_adapter(target.folder, "second")
+    assert steered.state_dict().keys() == before and list(steered.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -85,6 +85,9 @@ def metadata(facts: Facts) -> dict[str, Any]:
     if facts.base_model:
         data |= {"base_model": facts.base_model, "base_model_relation": "adapter"}
         tags.add(f"base_model:adapter:{facts.base_model}")
+    source = (facts.provenance.get("data") or {}).get("source")
+    if isinstance(source, str) and source.count("/") == 1 and hub_id(source):
+        data["datasets"] = [source]
     if is_causal(facts.config):
         data["pipeline_tag"] = "text-generation"
     return {**data, "tags": sorted(tags)}
@@ -92,7 +95,8 @@ def metadata(facts: Facts) -> dict[str, Any]:
 
 def body(facts: Facts) -> str:
     """The card's text, in Markdown."""
-    base = facts.base_model or "a local model"
+    path = facts.config.get("base_model_name_or_path") or ""
+    base = facts.base_model or inline(path.replace("\\", "/").rstrip("/").rpartition("/")[2]) or "a local model"
     sections = [
         f"# A steering vector for {base}",
         _introduction(facts, base),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 import torch
 
@@ -81,7 +82,10 @@ def _check_size(name: str, value: object, limit: int) -> None:
 
 
 def _check_text(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= 4096):
+    if value is None:
+        return
+    # No control characters, which drive a terminal, and no halves of a surrogate pair, which can't be written.
+    if not isinstance(value, str) or len(value) > 4096 or any(category(c) in ("Cc", "Cs") for c in value):
         raise ConfigError(f"`{name}`: received {shorten(value)}, expected a short text without control characters.")
 
 

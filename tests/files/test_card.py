@@ -52,9 +52,16 @@ def test_metadata():
     }
 
 
+def test_data_from_the_hub():
+    known = {"data": {"source": "org/pairs"}}
+    assert metadata(Facts({"provenance": known}, (), "x"))["datasets"] == ["org/pairs"]
+
+
 def test_a_local_base_model_is_not_named(tmp_path):
     data = metadata(Facts({"base_model_name_or_path": str(tmp_path)}, (), "x"))
     assert "base_model" not in data and str(tmp_path) not in str(data) and data["license"] == "unknown"
+    text = body(Facts({"base_model_name_or_path": f"{tmp_path}/my-model/"}, (Vector("1", 2.0, None),), "x"))
+    assert "# A steering vector for my-model\n" in text and str(tmp_path) not in text
 
 
 @pytest.mark.parametrize(

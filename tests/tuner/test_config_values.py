@@ -38,6 +38,7 @@ def test_bad_values_are_refused(values, message):
 
 
 def test_the_largest_that_is_allowed():
+    assert SteerConfig(base_model_name_or_path="/モデル\u3000一").base_model_name_or_path == "/モデル\u3000一"
     assert SteerConfig(multiplier=3.4e38, hidden_size=MAX_HIDDEN_SIZE).hidden_size == MAX_HIDDEN_SIZE
 
 
