@@ -17,7 +17,8 @@ from steer_adapter.decoder import Decoder
 from steer_adapter.errors import ConfigError, ModelError, VectorError
 from steer_adapter.operations import OPERATIONS
 
-from .saved import check_file
+from .positions import SCOPES
+from .saved import read_vectors
 
 
 FORMAT_VERSION = 1
@@ -39,6 +40,10 @@ class SteerConfig(PeftConfig):
             The initial strength. `set_multiplier` changes the live one, which is never saved.
         operation (`str`, defaults to `"add"`):
             What the vector does to the residual stream, a key of `steer_adapter.operations.OPERATIONS`.
+        token_scope (`str`, defaults to `"all"`):
+            The tokens to steer: `"all"`, `"prompt"` (every prompt token but the last) or `"completion"` (from the last
+            prompt token on, which predicts the first completion token). Other than `"all"`, a vector needs the lengths
+            of the prompts: from `generate` of the PeftModel, or from `steering(model, prompt_lengths=...)`.
         init_weights (`bool`, defaults to `True`):
             `True` starts a new vector at zero, `False` at random (standard normal).
         hidden_size, num_hidden_layers, model_type:
@@ -59,6 +64,7 @@ class SteerConfig(PeftConfig):
     )
     multiplier: float = field(default=1.0, metadata={"help": "Initial strength."})
     operation: str = field(default="add", metadata={"help": "What the vector does to the residual stream."})
+    token_scope: str = field(default="all", metadata={"help": "Tokens to steer: all, prompt or completion."})
     init_weights: bool = field(default=True, metadata={"help": "Start at zero (True) or at random (False)."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the model."})
@@ -95,7 +101,7 @@ class SteerConfig(PeftConfig):
             config.lacks_weights_at = str(pretrained_model_name_or_path)
         elif config.hidden_size is not None:
             layers = config.layers_to_transform
-            check_file(path, config.hidden_size, layers if isinstance(layers, list) else None)
+            read_vectors(path, config.hidden_size, layers if isinstance(layers, list) else None)
         return config
 
     @property
@@ -156,6 +162,13 @@ def _check_values(config: SteerConfig) -> None:
         raise ConfigError(
             f"`operation`: received {config.operation!r}, expected one of {sorted(OPERATIONS)}. "
             "If it comes from a file, upgrade with: pip install -U steer-adapter"
+        )
+    if config.token_scope not in SCOPES:
+        raise ConfigError(f"`token_scope`: received {config.token_scope!r}, expected one of {list(SCOPES)}.")
+    if config.token_scope != "all" and config.target_modules is not None:
+        raise ConfigError(
+            f"`token_scope`: received {config.token_scope!r} with `target_modules`, expected 'all': the positions of "
+            "tokens are known to the decoder of a transformers model only. Use `layers_to_transform`."
         )
     for name in ("hidden_size", "num_hidden_layers"):
         value = getattr(config, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,7 +13,14 @@ from torch import nn
 from steer_adapter.errors import ModelError, VectorError
 from steer_adapter.operations import OPERATIONS
 
+from .asked import Asked, ask
+from .compiled import register, traced
 from .config import SteerConfig
+from .recompute import Recompute, in_backward, layer_input_of
+
+
+if TYPE_CHECKING:
+    from .library import LibraryLayer
 
 
 class SteerLayer(nn.Module, BaseTunerLayer):
@@ -28,7 +36,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("steer_vector",)
-    other_param_names = ("multipliers", "operations")
+    other_param_names = ("multipliers", "operations", "scopes")
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -37,19 +45,32 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.steer_vector = nn.ParameterDict()
         self.multipliers = BufferDict(persistent=False)
         self.operations: dict[str, str] = {}
+        self.scopes: dict[str, str] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._known_finite: dict[str, tuple[torch.Tensor, int]] = {}
+        self._recompute = Recompute()
+        # Set by a library that is attached to the model.
+        self.library: LibraryLayer | None = None
+        self.key = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.key = register(self)
 
     def attach(self, decoder_layer: nn.Module) -> None:
         """Put this module on a decoder layer."""
+        global _version
+        _version += 1
         decoder_layer.add_module("steering", self)
         # First in line: hooks that record hidden states must see the steered ones.
-        self._hook = decoder_layer.register_forward_hook(steer_output, prepend=True)
+        self._hook = decoder_layer.register_forward_hook(steer_output, prepend=True, with_kwargs=True)
 
     def detach(self, decoder_layer: nn.Module) -> None:
         """Take this module and its hook off again."""
+        global _version
+        _version += 1
         self._hook.remove()
         del decoder_layer.steering
 
@@ -64,24 +85,37 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.steer_vector[adapter_name] = nn.Parameter(vector.to(device))
         self.multipliers[adapter_name] = torch.tensor(float(config.multiplier), dtype=torch.float32, device=device)
         self.operations[adapter_name] = config.operation
+        self.scopes[adapter_name] = config.token_scope
 
     def set_multiplier(self, adapter_name: str, value: float) -> None:
         """Set the live strength of one vector. In place, so that compiled code sees it."""
         self.multipliers[adapter_name].fill_(value)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Steer `[B, T, H]`; the same shape and dtype come out."""
-        active = [name for name in self.active_adapters if name in self.steer_vector]
-        if self.disable_adapters or not active:
-            return hidden_states
+    def forward(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None = None) -> torch.Tensor:
+        """Steer `[B, T, H]`; the same shape and dtype come out. `layer_input` is what the decoder layer got."""
         self._check_hidden_states(hidden_states)
+        asked = self._asked(hidden_states, layer_input)
         for operation, apply in OPERATIONS.items():
-            names = [name for name in active if self.operations[name] == operation]
-            if names:
-                vectors = [self._checked_vector(name).to(hidden_states.device) for name in names]
-                multipliers = [self.multipliers[name].to(hidden_states.device) for name in names]
+            names = [name for name in asked.multipliers if self.operations[name] == operation]
+            vectors = [self.checked_vector(name).to(hidden_states.device) for name in names]
+            multipliers = [asked.multipliers[name].to(hidden_states.device) for name in names]
+            if operation == "add" and asked.picked is not None:
+                vectors.append(asked.picked)
+                multipliers.append(torch.ones((), device=hidden_states.device))
+            if vectors:
                 hidden_states = apply(hidden_states, vectors, multipliers)
         return hidden_states
+
+    def _asked(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None) -> Asked:
+        if torch.compiler.is_compiling():
+            return traced(self, hidden_states)
+        if layer_input is None or not (layer_input.requires_grad or torch.is_grad_enabled()):
+            return ask(self, hidden_states)
+        if in_backward() and (recalled := self._recompute.recall(layer_input)) is not None:
+            return recalled
+        asked = ask(self, hidden_states).copied()
+        self._recompute.keep(layer_input, asked)
+        return asked
 
     def _check_hidden_states(self, hidden_states: torch.Tensor) -> None:
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
@@ -90,11 +124,11 @@ class SteerLayer(nn.Module, BaseTunerLayer):
                 f"[batch, tokens, {self.hidden_size}]. This architecture's layers can't be steered."
             )
 
-    def _checked_vector(self, name: str) -> torch.Tensor:
+    def checked_vector(self, name: str) -> torch.Tensor:
         """The vector, refused if it is not finite; looked at once for each version of the parameter."""
         vector = self.steer_vector[name]
         if torch.compiler.is_compiling():
-            return vector
+            return vector  # looked at when the compiled code runs, by `compiled`
         version = 0 if vector.is_inference() else vector._version
         known, known_version = self._known_finite.get(name, (None, -1))
         if known is not vector or known_version != version:
@@ -146,13 +180,27 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         return f"hidden_size={self.hidden_size}, active={self.active_adapters}"
 
 
-def steer_output(decoder_layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+# Goes up when a SteerLayer is put somewhere or taken off.
+_version = 0
+_found: WeakKeyDictionary[nn.Module, tuple[int, tuple[SteerLayer, ...]]] = WeakKeyDictionary()
+
+
+def steer_layers(model: nn.Module) -> tuple[SteerLayer, ...]:
+    """The SteerLayers of a model. Remembered: walking through a large model takes longer than choosing its vectors."""
+    version, layers = _found.get(model, (-1, ()))
+    if version != _version or not layers:
+        layers = tuple(module for module in model.modules() if isinstance(module, SteerLayer))
+        _found[model] = (_version, layers)
+    return layers
+
+
+def steer_output(decoder_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a decoder layer: steer its hidden states and leave the rest of its output alone."""
-    steering = decoder_layer.steering
+    steering, layer_input = decoder_layer.steering, layer_input_of(args, kwargs)
     if isinstance(output, torch.Tensor):
-        return steering(output)
+        return steering(output, layer_input)
     if type(output) in (tuple, list) and output and isinstance(output[0], torch.Tensor):
-        return type(output)([steering(output[0]), *output[1:]])
+        return type(output)([steering(output[0], layer_input), *output[1:]])
     raise ModelError(
         f"{type(decoder_layer).__name__} returned {type(output).__name__}, expected a tensor, or a tuple or list that "
         "starts with one. This architecture's layers can't be steered."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from torch import nn
 from steer_adapter.errors import AdapterNameError, SteerError, VectorError
 
 from .config import SteerConfig
-from .layer import SteerLayer
+from .layer import SteerLayer, steer_layers
+from .positions import forget_ranks, note_ranks
+from .request import Request, requested
 from .saved import check_tensors, checkpoint_key, match_by_layer, without_embeddings
-from .targets import check_key, check_name, device_of, resolve
+from .strength import copies_of, generation_request, set_multiplier, steering
+from .targets import check_key, check_name, decoder_of, device_of, resolve
 
 
 class SteerModel(BaseTuner):
@@ -84,8 +87,6 @@ class SteerModel(BaseTuner):
 
     def set_multiplier(self, value: float, adapter_name: str | None = None) -> None:
         """See [`steer_adapter.set_multiplier`]."""
-        from .strength import set_multiplier
-
         set_multiplier(self, value, adapter_name)
 
     def add_weighted_adapter(
@@ -149,6 +150,8 @@ class SteerModel(BaseTuner):
             steering = SteerLayer(self._targets[current_key])
             steering.attach(target)
         steering.update_layer(adapter_name, peft_config, device_of(target))
+        if peft_config.token_scope != "all":
+            note_ranks(self.model.get_submodule(decoder_of(current_key)))
 
     def _freeze_all_but_vectors(self, model: nn.Module) -> None:
         vectors = {id(p) for layer in self._steer_layers() for p in layer.parameters()}
@@ -156,15 +159,29 @@ class SteerModel(BaseTuner):
             if id(parameter) not in vectors:
                 parameter.requires_grad = False
 
+    ###########
+    # Running #
+    ###########
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this, PEFT would take the argument away and steer every row alike.
-        if kwargs.get("adapter_names") is not None:
+        names, copies = kwargs.get("adapter_names"), copies_of(kwargs)
+        if names is not None and self.training:
             raise SteerError(
-                f"`adapter_names`: received {kwargs['adapter_names']!r}, expected None: steering vectors can't be "
-                "chosen row by row. Run one call for each adapter."
+                "`adapter_names`: received names for a model in training mode, expected model.eval(). To train with "
+                "another vector in each row, run the model inside steering(model, adapter_names=[...])."
             )
-        yield
+        with ExitStack() as stack:
+            if names is not None:
+                stack.enter_context(steering(self, adapter_names=names))
+            if copies > 1:  # a PeftModel without task type does not generate through `generate` below
+                stack.enter_context(requested(Request(frozenset(steer_layers(self)), copies=copies)))
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model, for which prompts and beams are known."""
+        with requested(generation_request(self, args, kwargs)):
+            return self.model.generate(*args, **kwargs)
 
     ##########################################################
     # PEFT does the following to the layers of every tuner; #
@@ -223,6 +240,7 @@ class SteerModel(BaseTuner):
             steering = module._modules.get("steering")
             if isinstance(steering, SteerLayer):
                 steering.detach(module)
+            forget_ranks(module)
         if not _is_tuned(self.model) and hasattr(self.model, "peft_config"):
             books = self.model.peft_config
             for name in [name for name, config in books.items() if isinstance(config, SteerConfig)]:

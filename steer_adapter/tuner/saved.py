@@ -55,6 +55,12 @@ def without_embeddings(tensors: Mapping[str, torch.Tensor], source: str) -> dict
     return {key: tensor for key, tensor in tensors.items() if key not in extra}
 
 
+def layer_of(key: str) -> int:
+    """The index of the decoder layer in a key, -1 without one."""
+    match = _LAYER.search(key)
+    return int(match[1]) if match else -1
+
+
 def check_tensors(tensors: Mapping[str, torch.Tensor], hidden_size: int, count: int | None, source: str) -> None:
     """Refuse tensors that are not steering vectors of one model.
 
@@ -89,8 +95,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], hidden_size: int, count: 
         )
 
 
-def check_file(path: str | Path, hidden_size: int, layers: list[int] | None) -> None:
-    """`check_tensors` on a safetensors file, and that it holds the layers that the config names.
+def read_vectors(path: str | Path, hidden_size: int, layers: list[int] | None) -> dict[str, torch.Tensor]:
+    """The vectors of a safetensors file, by key, after `check_tensors`; it must hold the layers that the config names.
 
     Raises:
         VectorError: also if the file is cut short or not safetensors at all.
@@ -111,3 +117,4 @@ def check_file(path: str | Path, hidden_size: int, layers: list[int] | None) -> 
             f"{path}: received vectors for the layers {found}, expected {sorted(layers)} as in the adapter's config. "
             "The two files don't belong together."
         )
+    return tensors

@@ -72,6 +72,11 @@ def _name_of(model: nn.Module) -> str | None:
     return getattr(model, "name_or_path", None) or None
 
 
+def decoder_of(layer: str) -> str:
+    """The path of the module that runs a decoder layer of this path: `model.layers.3` is run by `model`."""
+    return layer.rpartition(".")[0].rpartition(".")[0]
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of a block; the CPU if all of it is on the meta device."""
     devices = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
@@ -87,6 +92,11 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
     for module in model.modules():
+        if isinstance(module, SteerLayer) and module.library is not None and adapter_name in module.library:
+            raise AdapterNameError(
+                f"adapter_name: received {adapter_name!r}, which is a name in the library that the model carries. "
+                "Choose another name."
+            )
         if isinstance(module, SteerLayer) and adapter_name in module.steer_vector:
             raise AdapterNameError(
                 f"adapter_name: received {adapter_name!r}, but the model carries a vector of that name. Choose "

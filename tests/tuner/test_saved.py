@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from steer_adapter import SteerConfig
 from steer_adapter.errors import VectorError
-from steer_adapter.tuner.saved import check_file, checkpoint_key, match_by_layer
+from steer_adapter.tuner.saved import checkpoint_key, match_by_layer, read_vectors
 
 
 KEY = "base_model.model.model.layers.1.steering.steer_vector"
@@ -55,14 +55,14 @@ def test_keys_of_other_paths_are_matched_by_layer():
 def test_what_a_file_may_not_hold(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "file.safetensors")
     with pytest.raises(VectorError, match=message):
-        check_file(tmp_path / "file.safetensors", HIDDEN, [1])
+        read_vectors(tmp_path / "file.safetensors", HIDDEN, [1])
 
 
 def test_the_layers_of_the_config(tmp_path):
     save_file({KEY: torch.zeros(HIDDEN)}, tmp_path / "file.safetensors")
-    check_file(tmp_path / "file.safetensors", HIDDEN, [1])
+    read_vectors(tmp_path / "file.safetensors", HIDDEN, [1])
     with pytest.raises(VectorError, match=r"received vectors for the layers \[1\], expected \[2\]"):
-        check_file(tmp_path / "file.safetensors", HIDDEN, [2])
+        read_vectors(tmp_path / "file.safetensors", HIDDEN, [2])
 
 
 @pytest.fixture
