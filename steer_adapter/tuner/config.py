@@ -95,7 +95,7 @@ class SteerConfig(PeftConfig):
             return config
         if config.format_version is None:
             raise ConfigError(f"{pretrained_model_name_or_path}: the adapter's config lacks `format_version`.")
-        path = _find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
+        path = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if path is None:
             # A config alone may be read, but not put on a model.
             config.lacks_weights_at = str(pretrained_model_name_or_path)
@@ -136,7 +136,7 @@ class SteerConfig(PeftConfig):
         return resolved
 
 
-def _find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
+def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
     """The adapter's safetensors file, fetched if it is on the Hub; `None` if there is none, which PEFT reports."""
     folder = os.path.join(name_or_path, subfolder or "")
     if os.path.isdir(folder):

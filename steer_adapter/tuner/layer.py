@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -108,7 +110,23 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def forward(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None = None) -> torch.Tensor:
         """Steer `[B, T, H]`; the same shape and dtype come out. `layer_input` is what the decoder layer got."""
         self._check_hidden_states(hidden_states)
-        asked = self._asked(hidden_states, layer_input)
+        with self.at_hand():
+            return self._steered(hidden_states, self._asked(hidden_states, layer_input))
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Vectors that accelerate keeps elsewhere (CPU offload) are brought in; it would only for a forward of theirs."""
+        hook = getattr(self.steer_vector, "_hf_hook", None)
+        if hook is None:
+            yield
+            return
+        hook.pre_forward(self.steer_vector)
+        try:
+            yield
+        finally:
+            hook.post_forward(self.steer_vector, None)
+
+    def _steered(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor:
         for operation, apply in OPERATIONS.items():
             names = [name for name in asked.multipliers if self.operations[name] == operation]
             vectors = [self.checked_vector(name).to(hidden_states.device) for name in names]
