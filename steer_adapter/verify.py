@@ -114,7 +114,8 @@ def _probe(
     """By decoder layer: the hidden states that entered its steering, and those that left the layer after all hooks."""
     entered: dict[str, torch.Tensor] = {}
     left: dict[str, torch.Tensor] = {}
-    training = model.training
+    # Module by module: the wrapper of a model in eval mode may well be in training mode.
+    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack, torch.no_grad():
         for name, steering in layers.items():
             stack.enter_context(_Hook(steering, name, entered, inputs=True))
@@ -123,7 +124,8 @@ def _probe(
         try:
             model(**inputs)
         finally:
-            model.train(training)
+            for module, mode in modes:
+                module.training = mode
     return {name: (entered[name], left[name]) for name in entered.keys() & left.keys()}
 
 
