@@ -24,7 +24,7 @@ from transformers import (
 
 from steer_adapter import SteerConfig, verify
 from steer_adapter.decoder import find_decoder
-from steer_adapter.errors import ModelError, VectorError
+from steer_adapter.errors import ConfigError, ModelError, VectorError
 
 
 HIDDEN, LAYERS, STEERED, WIDTH, IMAGE = 32, 3, 1, 16, 90
@@ -198,6 +198,25 @@ def test_a_vision_vector_on_a_text_model(tmp_path) -> None:
     with pytest.raises(ModelError, match="'model.vision_tower', which names no module in Gemma3ForCausalLM"):
         PeftModel.from_pretrained(model, tmp_path)
     assert [name for name, _ in model.named_modules()] == before
+
+
+def test_vectors_on_two_stacks_at_once(tmp_path) -> None:
+    images = MODELS["llava"][1]
+    text, first = steer(llava())
+    text.save_pretrained(tmp_path / "text")
+    vision, second = steer(llava(), WIDTH, stack="model.vision_tower")
+    vision.save_pretrained(tmp_path / "vision")
+
+    both = PeftModel.from_pretrained(llava(), tmp_path / "text", adapter_name="text")
+    both.load_adapter(tmp_path / "vision", adapter_name="vision")
+    both.base_model.set_adapter(["text", "vision"])
+    model = llava()
+    tower = model.get_submodule(f"model.vision_tower.encoder.layers.{STEERED}")
+    tower.register_forward_hook(lambda _, args, output: output - 1.5 * second)
+    expected = by_hand(model, f"model.language_model.layers.{STEERED}", -1.5 * first, images)
+    assert torch.equal(logits(both, images), expected)
+    with pytest.raises(ConfigError, match=r"stacks are \['None', 'model.vision_tower'\]"):
+        both.add_weighted_adapter(["text", "vision"], [1.0, 1.0], "sum")
 
 
 FAMILY = pytest.mark.parametrize(("source", "target"), [(gemma3_text, gemma3), (gemma3, gemma3_text)])
