@@ -184,6 +184,15 @@ def test_the_vision_tower_by_choice(name: str, tmp_path) -> None:
     assert torch.equal(cached, uncached)
 
 
+def test_a_vision_block_by_its_name() -> None:
+    images = MODELS["llava"][1]
+    name = f"model.vision_tower.encoder.layers.{STEERED}"
+    steered = get_peft_model(llava(), SteerConfig(target_modules=[name], init_weights=False))
+    assert steered.peft_config["default"].hidden_size == WIDTH
+    (vector,) = [p.detach() for n, p in steered.named_parameters() if ".steering." in n]
+    assert torch.equal(logits(steered, images), by_hand(llava(), name, vector, images))
+
+
 def test_a_vision_tower_without_a_batch_dimension() -> None:
     steered, _ = steer(qwen2_vl(), WIDTH, stack="model.visual")
     assert steered.peft_config["default"].num_hidden_layers == 2
