@@ -80,7 +80,8 @@ def _decoder_path(model: nn.Module) -> str:
 def _path_ending_in(stack: str, model: nn.Module) -> str:
     """The outermost module of that path; wrappers around the model put names before it."""
     paths = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{stack}")]
-    outermost = [name for name in paths if name.count(".") == min(path.count(".") for path in paths)]
+    depth = min((name.count(".") for name in paths), default=0)
+    outermost = [name for name in paths if name.count(".") == depth]
     if len(outermost) != 1:
         raise ModelError(
             f"`stack`: received {stack!r}, which names {outermost or 'no module'} in {_describe(model)}. Expected the "
@@ -107,28 +108,22 @@ def _choose(model: nn.Module, lists: dict[str, nn.ModuleList], configs: dict[str
     """The path of the largest list that is as long as its config says; those of the text config go first."""
     config = getattr(model, "config", None)
     text_type = getattr(getattr(config, "text_config", config), "model_type", None)
-
-    def fits(name: str) -> bool:
-        expected = lengths(configs[name])
-        return not expected or len(lists[name]) in expected
-
-    fitting = [name for name in lists if fits(name)]
+    found = {name: len(blocks) for name, blocks in lists.items()}
+    fitting = [name for name in found if found[name] in (lengths(configs[name]) or {found[name]})]
     fitting = [name for name in fitting if getattr(configs[name], "model_type", None) == text_type] or fitting
     sizes = {name: sum(p.numel() for p in lists[name].parameters()) for name in fitting}
     best = max(sizes, key=sizes.__getitem__, default="")
-    # Of one module's lists of the same length each holds a piece of every layer.
-    alike = [
-        name
-        for name in sizes
-        if sizes[name] == sizes[best]
-        or (name.rpartition(".")[0] == best.rpartition(".")[0] and len(lists[name]) == len(lists[best]))
-    ]
-    if len(alike) == 1:
+
+    def is_like_best(name: str) -> bool:
+        # Of one module's lists of the same length each holds a piece of every layer.
+        is_piece = name.rpartition(".")[0] == best.rpartition(".")[0] and found[name] == found[best]
+        return is_piece or sizes[name] == sizes[best]
+
+    if sum(map(is_like_best, sizes)) == 1:
         return best
-    found = {name: len(blocks) for name, blocks in lists.items()}
     raise ModelError(
         f"{_describe(model)} has the lists of blocks {found}, expected one that is its decoder: "
-        f"{'several fit' if alike else 'none is as long as its config says'}. If one of them gives out the residual "
+        f"{'several fit' if sizes else 'none is as long as its config says'}. If one of them gives out the residual "
         "stream, choose it with SteerConfig(stack=its path)."
     )
 
