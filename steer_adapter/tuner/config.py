@@ -36,6 +36,10 @@ class SteerConfig(PeftConfig):
         target_modules (`str` or `list[str]`, *optional*):
             Instead of `layers_to_transform`: names of blocks (a regex, or a list of suffixes), for custom models. A
             block returns its hidden states as a tensor `[B, T, H]`, or as the first entry of a tuple.
+        stack (`str`, *optional*):
+            Which stack of layers `layers_to_transform` counts, for models with several: the path of the module that
+            holds it, as in the transformers model, e.g. `"model.vision_tower"` or `"encoder"`. `hidden_size` and
+            `num_hidden_layers` are then that stack's. Defaults to the text decoder.
         multiplier (`float`, defaults to 1.0):
             The initial strength. `set_multiplier` changes the live one, which is never saved.
         operation (`str`, defaults to `"add"`):
@@ -61,6 +65,9 @@ class SteerConfig(PeftConfig):
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of blocks to steer instead, for custom models."}
+    )
+    stack: str | None = field(
+        default=None, metadata={"help": "Path of the module whose layers are counted; default the text decoder."}
     )
     multiplier: float = field(default=1.0, metadata={"help": "Initial strength."})
     operation: str = field(default="add", metadata={"help": "What the vector does to the residual stream."})
@@ -197,6 +204,12 @@ def _check_targets(config: SteerConfig) -> None:
         )
     if layers is not None and not (_is_int(layers) or (isinstance(layers, list) and all(map(_is_int, layers)))):
         raise ConfigError(f"`layers_to_transform`: received {layers!r}, expected an integer or a list of integers.")
+    if config.stack is not None and not (isinstance(config.stack, str) and config.stack):
+        raise ConfigError(f"`stack`: received {config.stack!r}, expected the path of a module, e.g. 'encoder'.")
+    if config.stack is not None and targets is not None:
+        raise ConfigError(
+            f"Received both `stack`={config.stack!r} and `target_modules`={targets!r}, expected one of them."
+        )
     if layers == [] or targets in ([], ""):
         raise ConfigError("Received an empty list of layers to steer, expected at least one, or None for all.")
     is_names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)

@@ -172,7 +172,8 @@ class SteerLayer(nn.Module, BaseTunerLayer):
                 raise VectorError(
                     f"The steering vector of adapter {name!r} holds NaN or infinity, expected finite values. Either "
                     "its weights never arrived (a file without them, or keys of another model), or training "
-                    "diverged. Load the adapter again and look at the warnings, or train with a lower learning rate."
+                    "diverged. Load the adapter again and look at the warnings (where a model names its layers "
+                    "otherwise, only PeftModel.from_pretrained finds them), or train with a lower learning rate."
                 )
             self._known_finite[name] = (vector, version)
         return vector
