@@ -72,7 +72,10 @@ def verify(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Verific
     layers = {name.rpartition(".")[0]: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
     if not layers:
         raise ModelError(f"{type(model).__name__} carries no steering vectors, expected at least one to verify.")
-    finite = all(torch.isfinite(v).all() for layer in layers.values() for v in layer.steer_vector.values())
+    finite = True
+    for layer in layers.values():
+        with layer.at_hand():
+            finite = finite and all(torch.isfinite(v).all() for v in layer.steer_vector.values())
     seen = _probe(model, layers, inputs or _probe_inputs(model)) if finite else {}
     return Verification(
         tuple(
@@ -87,7 +90,8 @@ def verify(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Verific
 def _arrival(
     adapter: str, name: str, layer: SteerLayer, seen: tuple[torch.Tensor, torch.Tensor] | None, finite: bool
 ) -> Arrival:
-    vector, multiplier = layer.steer_vector[adapter].detach(), layer.multipliers[adapter]
+    with layer.at_hand():
+        vector, multiplier = layer.steer_vector[adapter].detach(), layer.multipliers[adapter]
     dose = float("nan")
     if seen is not None:
         dose = float((multiplier * vector).norm() / seen[0].float().norm(dim=-1).mean())

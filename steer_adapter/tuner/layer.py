@@ -115,16 +115,15 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        """Vectors that accelerate keeps elsewhere (CPU offload) are brought in; it would only for a forward of theirs."""
-        hook = getattr(self.steer_vector, "_hf_hook", None)
-        if hook is None:
-            yield
-            return
-        hook.pre_forward(self.steer_vector)
+        """Bring in vectors that accelerate keeps elsewhere: it would for a forward of theirs, and they have none."""
+        hooked = [module for module in (self.steer_vector, self.multipliers) if hasattr(module, "_hf_hook")]
+        for module in hooked:
+            module._hf_hook.pre_forward(module)
         try:
             yield
         finally:
-            hook.post_forward(self.steer_vector, None)
+            for module in hooked:
+                module._hf_hook.post_forward(module, None)
 
     def _steered(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor:
         for operation, apply in OPERATIONS.items():
@@ -163,6 +162,12 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def checked_vector(self, name: str) -> torch.Tensor:
         """The vector, refused if it is not finite; looked at once for each version of the parameter."""
         vector = self.steer_vector[name]
+        if vector.is_meta:
+            raise VectorError(
+                f"The steering vector of adapter {name!r} is on the meta device: its weights never arrived. That "
+                "happens where model.load_adapter() meets a model that is offloaded already. Load the adapter with "
+                "PeftModel.from_pretrained(model, ...), or before offloading."
+            )
         if torch.compiler.is_compiling():
             return vector  # looked at when the compiled code runs, by `compiled`
         version = 0 if vector.is_inference() else vector._version

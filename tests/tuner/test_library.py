@@ -11,6 +11,7 @@ import torch
 from conftest import HIDDEN, hand_logits, make_model, random_vectors, set_vectors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from steer_adapter import SteerConfig, SteerLayer, load_library, steering
 from steer_adapter.errors import AdapterNameError, ConfigError, ModelError, VectorError
@@ -149,8 +150,7 @@ def test_compiled(library, input_ids):
 
 
 def test_mistakes(library, input_ids):
-    other = make_model("gpt2")
-    other.transformer.h = other.transformer.h[:3]
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=HIDDEN, n_layer=3, n_head=4))
     with pytest.raises(ModelError, match="num_hidden_layers=4, but GPT2LMHeadModel has 32 and 3"):
         library.attach(other)
     model = make_model()
