@@ -240,7 +240,7 @@ class SteerModel(BaseTuner):
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold vectors into biases of the model, where its architecture has an exact place; `unmerge_adapter` undoes it.
+        """Fold vectors into biases of the model, where it has an exact place for them. `unmerge_adapter` undoes it.
 
         Args:
             adapter_names: which vectors; by default the active ones.

@@ -1,4 +1,4 @@
-"""Where in a decoder layer a bias adds to the residual stream last, found by structure and proven by a short forward."""
+"""Where a decoder layer adds a bias to the residual stream last: found by structure, proven by short forwards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def find_places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
     """
     path = targets[0].rpartition(".")[0]
     stack = model.get_submodule(path)
-    layers = {f"{path}.{name}": module for name, module in stack.named_children()}
+    layers = {f"{path}.{name}": module for name, module in stack._modules.items() if module is not None}
     if any(parameter.is_meta for parameter in stack.parameters()):
         raise ModelError(
             "Folding: some decoder layers are offloaded, expected all in memory; nothing was changed. Load the model "
@@ -107,8 +107,11 @@ def biases_switched_on_by(model: nn.Module, flag: str) -> dict[str, int]:
     config, copies = model.config, {}  # type: ignore[var-annotated]
     changed = copy.deepcopy(config, copies)
     setattr(copies[id(text_config(model))], flag, True)
-    before, modules_before = _skeleton(type(model), copy.deepcopy(config))
-    after, modules_after = _skeleton(type(model), changed)
+    try:
+        before, modules_before = _skeleton(type(model), copy.deepcopy(config))
+        after, modules_after = _skeleton(type(model), changed)
+    except Exception:  # custom code that can't be built this way: what the flag does remains unknown
+        return {}
     new = after.keys() - before.keys()
     only_biases = all(name.endswith(".bias") and len(after[name]) == 1 for name in new)
     same = modules_before == modules_after and all(after.get(name) == shape for name, shape in before.items())
@@ -146,7 +149,10 @@ def _projections(module: nn.Module, size: int, path: str = "") -> Iterator[tuple
         if not hasattr(module, "base_layer"):
             return
         module = module.get_base_layer()
-    if isinstance(module, (nn.Linear, Conv1D)) and getattr(module, "out_features", getattr(module, "nf", None)) == size:
+    if (
+        isinstance(module, (nn.Linear, Conv1D))
+        and getattr(module, "out_features", getattr(module, "nf", None)) == size
+    ):
         yield path, module
     for name, child in module.named_children():
         yield from _projections(child, size, f"{path}.{name}" if path else name)
@@ -212,13 +218,13 @@ class _Probe:
     def _run(self) -> dict[str, torch.Tensor]:
         seen: dict[str, torch.Tensor] = {}
         training = [module for module in self.owner.modules() if module.training]
-        embedding = self.owner.get_input_embeddings().weight
-        ids = (torch.arange(1, PROBE_TOKENS + 1) * 7 % embedding.shape[0])[None]
         with ExitStack() as stack, torch.no_grad():
             for name, layer in self.layers.items():
                 stack.enter_context(_recorded(layer, name, seen, self.plain.get(name)))
             try:
                 self.owner.eval()
+                embedding = self.owner.get_input_embeddings().weight
+                ids = (torch.arange(1, PROBE_TOKENS + 1) * 7 % embedding.shape[0])[None]
                 self.owner(input_ids=ids.to("cpu" if embedding.is_meta else embedding.device), use_cache=False)
             except Exception as error:
                 raise ModelError(
