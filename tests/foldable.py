@@ -60,7 +60,7 @@ def snapshot(model: nn.Module) -> tuple:
         {key: value.clone() for key, value in model.state_dict().items()},
         [(name, len(m._forward_hooks), m.training, list(m._parameters)) for name, m in model.named_modules()],
         {id(p): p.requires_grad for p in model.parameters()},
-        model.config.to_dict(),
+        model.config.to_dict() if hasattr(model, "config") else None,
     )
 
 

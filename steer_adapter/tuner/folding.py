@@ -15,7 +15,7 @@ from torch import nn
 from steer_adapter.errors import AdapterNameError, SteerError, VectorError
 
 from .config import SteerConfig
-from .places import Place, complete, find_places
+from .places import Place, complete, find_places, place_of
 
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def merge(model: nn.Module, books: Mapping[str, object], names: Sequence[str]) -
 
     Raises:
         AdapterNameError: a name is not that of a vector.
-        SteerError: a vector is not added to all tokens at a decoder layer.
+        SteerError: a vector is not added to all tokens, or not at a decoder layer or linear layer.
         VectorError: a vector, or a bias with it, is not finite.
         ModelError: the architecture has no exact place.
     """
@@ -102,7 +102,7 @@ def merge(model: nn.Module, books: Mapping[str, object], names: Sequence[str]) -
     if not chosen:
         return
     _check_finite(layers, chosen)
-    places = find_places(base, list(chosen))
+    places = _find_places(base, books, chosen)
     for path, own in chosen.items():
         _check_result(folded_bias(places[path], layers[path].shift_of(own)), own)
     for path, own in chosen.items():
@@ -148,19 +148,30 @@ def _check_foldable(books: Mapping[str, object], names: Sequence[str]) -> None:
             vectors = [key for key, value in books.items() if isinstance(value, SteerConfig)]
             raise AdapterNameError(f"`adapter_names`: received {name!r}, expected names from {vectors}.")
         scope = getattr(config, "token_scope", "all")
-        if config.target_modules is not None:
-            why = f"its target_modules={config.target_modules!r} are not known to be decoder layers"
-        elif config.operation != "add":
-            why = f"its operation is {config.operation!r}, and a bias can only add"
-        elif scope != "all":
-            why = f"its token_scope is {scope!r}, and a bias acts on all tokens"
-        else:
-            continue
-        raise SteerError(
-            f"Folding: received the adapter {name!r}, but {why}; expected one that is added to all tokens at decoder "
-            "layers. Nothing was changed. Keep the adapter: save it with save_pretrained(), and load it with "
-            "PeftModel.from_pretrained()."
-        )
+        if config.operation != "add":
+            raise _refusal(name, f"its operation is {config.operation!r}, and a bias can only add")
+        if scope != "all":
+            raise _refusal(name, f"its token_scope is {scope!r}, and a bias acts on all tokens")
+
+
+def _find_places(base: nn.Module, books: Mapping[str, object], chosen: Mapping[str, list[str]]) -> dict[str, Place]:
+    own = {path: place for path in chosen if (place := place_of(base.get_submodule(path))) is not None}
+    others = [path for path in chosen if path not in own]
+    for path in others:
+        for name in chosen[path]:
+            targets = getattr(books[name], "target_modules", None)
+            if targets is not None:
+                why = f"its target_modules={targets!r} match {path}, which is no linear layer with a bias"
+                raise _refusal(name, why)
+    return {**own, **(find_places(base, others) if others else {})}
+
+
+def _refusal(name: str, why: str) -> SteerError:
+    return SteerError(
+        f"Folding: received the adapter {name!r}, but {why}; expected one that is added to all tokens, at decoder "
+        "layers or at linear layers with a bias. Nothing was changed. Keep the adapter: save it with "
+        "save_pretrained(), and load it with PeftModel.from_pretrained()."
+    )
 
 
 def _check_finite(layers: Mapping[str, SteerLayer], chosen: Mapping[str, Sequence[str]]) -> None:

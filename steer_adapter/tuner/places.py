@@ -80,6 +80,13 @@ def find_places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
     )
 
 
+def place_of(target: nn.Module) -> Place | None:
+    """The place of a steered module that is itself a linear layer with a bias, or `None`."""
+    if type(target) not in (nn.Linear, Conv1D) or target.bias is None or target.bias.is_meta:
+        return None
+    return Place(target, None, 1.0, target.bias.dtype)
+
+
 def complete(model: nn.Module, flag: str) -> None:
     """Change the config so that transformers creates the biases of `flag`, and give the model those that it lacks.
 
