@@ -50,7 +50,7 @@ def folded_bias(place: Place, shift: torch.Tensor) -> Fold:
     return Fold(place, original, delta, (start + delta).to(place.dtype))
 
 
-def fold(made: Fold) -> None:
+def apply_fold(made: Fold) -> None:
     """Put the new bias in its place."""
     bias = made.place.projection.bias
     if bias is None:
@@ -59,7 +59,7 @@ def fold(made: Fold) -> None:
         bias.data = made.folded.clone()
 
 
-def unfold(made: Fold) -> None:
+def undo_fold(made: Fold) -> None:
     """Restore what was there before, bitwise, unless the bias was changed by others since: then only subtract."""
     projection = made.place.projection
     now = projection.bias.data

@@ -13,7 +13,7 @@ from steer_adapter.errors import ModelError, VectorError
 from steer_adapter.operations import OPERATIONS
 
 from .config import SteerConfig
-from .folding import Fold, fold, folded_bias, unfold
+from .folding import Fold, apply_fold, folded_bias, undo_fold
 from .places import Place
 
 
@@ -136,13 +136,13 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         """Put these vectors, and no others, into a bias; the hook passes them by from now on."""
         self.unfold()
         self._fold = folded_bias(place, self.shift_of(names))
-        fold(self._fold)
+        apply_fold(self._fold)
         self.merged_adapters = list(names)
 
     def unfold(self) -> None:
         """Take the merged vectors out of the bias again; the hook adds them from now on."""
         if self._fold is not None:
-            unfold(self._fold)
+            undo_fold(self._fold)
         self._fold = None
         self.merged_adapters = []
 

@@ -94,10 +94,9 @@ def complete(model: nn.Module, flag: str) -> None:
     """
     shapes = biases_switched_on_by(model, flag)
     copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    setattr(copies[id(text_config(model))], flag, True)
+    _changed_config(model, flag, copies)
     for module in model.modules():
-        old = getattr(module, "config", None)
+        old = vars(module).get("config")
         if old is not None and id(old) in copies:
             module.config = copies[id(old)]
     for name, size in shapes.items():
@@ -111,12 +110,9 @@ def biases_switched_on_by(model: nn.Module, flag: str) -> dict[str, int]:
     """Size, by name of projection, of the biases that `flag` adds to the model; empty if it changes anything else."""
     if not isinstance(model, PreTrainedModel):
         return {}
-    config, copies = model.config, {}  # type: ignore[var-annotated]
-    changed = copy.deepcopy(config, copies)
-    setattr(copies[id(text_config(model))], flag, True)
     try:
-        before, modules_before = _skeleton(type(model), copy.deepcopy(config))
-        after, modules_after = _skeleton(type(model), changed)
+        before, modules_before = _skeleton(type(model), copy.deepcopy(model.config))
+        after, modules_after = _skeleton(type(model), _changed_config(model, flag, {}))
     except Exception:  # custom code that can't be built this way: what the flag does remains unknown
         return {}
     new = after.keys() - before.keys()
@@ -125,6 +121,13 @@ def biases_switched_on_by(model: nn.Module, flag: str) -> dict[str, int]:
     if not (same and only_biases):
         return {}
     return {name.removesuffix(".bias"): after[name][0] for name in sorted(new)}
+
+
+def _changed_config(model: nn.Module, flag: str, copies: dict[int, Any]) -> Any:
+    """A copy of the model's config with the flag set; `copies` holds each part of it by the id of the original."""
+    changed = copy.deepcopy(model.config, copies)
+    setattr(copies[id(text_config(model))], flag, True)
+    return changed
 
 
 def _skeleton(model_class: type[nn.Module], config: Any) -> tuple[dict[str, torch.Size], dict[str, type]]:

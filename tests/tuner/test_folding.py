@@ -463,6 +463,7 @@ def test_folding_on_a_lora_leaves_the_lora_alone(tuned, vectors, input_ids, tmp_
     assert torch.equal(logits(model, input_ids), wanted)
     merged = model.merge_and_unload()
     assert merged is tuned and close(logits(merged, input_ids), wanted)
+    assert merged.config.mlp_bias and merged.base_model.model.config is merged.config
     merged.save_pretrained(tmp_path / "after")
     saved, again = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("before", "after"))
     assert saved.keys() == again.keys() and all(torch.equal(saved[k], again[k]) for k in saved)
