@@ -24,7 +24,7 @@ from .targets import check_key, check_name, device_of, resolve
 class SteerModel(BaseTuner):
     """
     Steers a model with vectors added to the output of its decoder layers (CAA, arXiv 2312.06681; BiPO, arXiv
-    2406.00045). No weight of the model changes, and no module is renamed or replaced.
+    2406.00045). No weight of the model changes unless vectors are merged, and no module is renamed or replaced.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to steer, or a [`~peft.PeftModel`] around it.

@@ -287,14 +287,15 @@ def _recorded(
             return None
         return type(output)([handed_on.clone(), *output[1:]]) if several else handed_on.clone()
 
-    steering = getattr(layer, "steering", None)
-    disabled = getattr(steering, "_disable_adapters", None)
+    # Its switch alone: `enable_adapters` would unmerge.
+    steering: Any = layer._modules.get("steering")
+    disabled = steering._disable_adapters if isinstance(steering, BaseTunerLayer) else None
     handle = layer.register_forward_hook(hook, prepend=True)
     try:
-        if steering is not None:
+        if disabled is not None:
             steering._disable_adapters = True
         yield
     finally:
         handle.remove()
-        if steering is not None:
+        if disabled is not None:
             steering._disable_adapters = disabled
