@@ -105,6 +105,8 @@ def _arrival(
         reason = "the vector or its multiplier is zero"
     elif seen is None:
         reason = "the model did not run this layer's steering"
+    elif adapter in layer.merged_adapters:
+        reason = ""  # it was in the output already, by way of a bias, when that entered the steering
     elif torch.equal(*seen):
         reason = "the layer's output did not change; the dose may be below the precision of its dtype"
     else:

@@ -62,13 +62,16 @@ def ask(layer: SteerLayer, rows: int, device: torch.device, ranks: torch.Tensor 
 
 
 def _wanted(layer: SteerLayer, request: Request | None) -> list[str]:
-    """The vectors that rows name; without names the active ones, and those that a value is given for."""
+    """The vectors that rows name; without names the active ones, and those that a value is given for.
+
+    Those that are merged steer by way of a bias.
+    """
     if request is None or request.names is None:
         values = {} if request is None else request.multiplier
         named = (*layer.active_adapters, *(values if isinstance(values, dict) else ()))
     else:
         named = request.names
-    return [name for name in dict.fromkeys(named) if name in layer.steer_vector]
+    return [name for name in dict.fromkeys(named) if name in layer.steer_vector and name not in layer.merged_adapters]
 
 
 def _strength(layer: SteerLayer, request: Request | None, name: str, rows: int) -> torch.Tensor:

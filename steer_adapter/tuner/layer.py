@@ -18,6 +18,8 @@ from steer_adapter.operations import OPERATIONS
 from .asked import Asked, ask
 from .compiled import register, traced
 from .config import SteerConfig
+from .folding import Fold, apply_fold, folded_bias, undo_fold
+from .places import Place
 from .positions import current_ranks, is_packed
 from .recompute import Latest, Recompute, in_backward, layer_input_of
 from .request import request_for
@@ -54,6 +56,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._known_finite: dict[str, tuple[torch.Tensor, int]] = {}
+        self._fold: Fold | None = None
         self._recompute = Recompute()
         self.library: LibraryLayer | None = None
         # Whether any vector steers the prompt or the completion only.
@@ -106,6 +109,8 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def set_multiplier(self, adapter_name: str, value: float) -> None:
         """Set the live strength of one vector. In place, so that compiled code sees it."""
         self.multipliers[adapter_name].fill_(value)
+        if adapter_name in self.merged_adapters and self.place is not None:
+            self.fold(self.place, self.merged_adapters)
 
     def forward(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None = None) -> torch.Tensor:
         """Steer `[B, T, H]`; the same shape and dtype come out. `layer_input` is what the decoder layer got."""
@@ -191,12 +196,38 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         # Only the switch: PEFT's version would also make a vector that was loaded for inference trainable.
         self._disable_adapters = not enabled
+        if not enabled:
+            self.unfold()
+
+    @property
+    def place(self) -> Place | None:
+        """Where the merged vectors are, or `None`."""
+        return None if self._fold is None else self._fold.place
+
+    def shift_of(self, names: list[str]) -> torch.Tensor:
+        """`Σ mᵢ·vᵢ` of the named vectors, `[H]`, float32."""
+        shifts = [self.multipliers[name] * self.steer_vector[name].detach().float() for name in names]
+        return torch.stack(shifts).sum(dim=0)
+
+    def fold(self, place: Place, names: list[str]) -> None:
+        """Put these vectors, and no others, into a bias; the hook passes them by from now on."""
+        self.unfold()
+        self._fold = folded_bias(place, self.shift_of(names))
+        apply_fold(self._fold)
+        self.merged_adapters = list(names)
+
+    def unfold(self) -> None:
+        """Take the merged vectors out of the bias again; the hook adds them from now on."""
+        if self._fold is not None:
+            undo_fold(self._fold)
+        self._fold = None
+        self.merged_adapters = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing: PEFT calls this on the layers of every tuner when another one (a LoRA) is merged."""
+        """Nothing: PEFT calls this on the layers of every tuner when another one (a LoRA) is merged. See `fold`."""
 
     def unmerge(self) -> None:
-        """Nothing, as for `merge`."""
+        """Nothing, as for `merge`. See `unfold`."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from steer_adapter.errors import AdapterNameError, SteerError, VectorError
 
+from . import folding
 from .config import SteerConfig
 from .layer import SteerLayer, steer_layers
 from .positions import forget_ranks, note_ranks
@@ -25,7 +27,7 @@ from .targets import check_key, check_name, decoder_of, device_of, resolve
 class SteerModel(BaseTuner):
     """
     Steers a model with vectors added to the output of its decoder layers (CAA, arXiv 2312.06681; BiPO, arXiv
-    2406.00045). No weight of the model changes, and no module is renamed or replaced.
+    2406.00045). No weight of the model changes unless vectors are merged, and no module is renamed or replaced.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to steer, or a [`~peft.PeftModel`] around it.
@@ -201,6 +203,9 @@ class SteerModel(BaseTuner):
         Raises:
             AdapterNameError: there is no vector of a name.
         """
+        if any(layer.merged for layer in self._steer_layers()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self._check_is_vector(name)
         for layer in self._steer_layers():
@@ -235,7 +240,10 @@ class SteerModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._refuse_merge()
+            folding.merge(self.model, self.peft_config, self._to_merge(adapter_names))
+            folding.keep(self.model)
+        else:
+            self._unfold()
         for module in list(self.model.modules()):
             steering = module._modules.get("steering")
             if isinstance(steering, SteerLayer):
@@ -250,16 +258,34 @@ class SteerModel(BaseTuner):
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._refuse_merge()
+        """Fold vectors into biases of the model, where it has an exact place for them. `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names: which vectors; by default the active ones.
+            safe_merge: makes no difference: a value that is not finite is always refused.
+
+        Raises:
+            SteerError: a vector can't be folded exactly, or vectors are disabled; nothing has changed.
+        """
+        if any(layer.disable_adapters for layer in self._steer_layers()):
+            raise SteerError(
+                "merge_adapter: received a model whose vectors are disabled, expected them enabled; nothing was "
+                "changed. Leave disable_adapter(), or call enable_adapter_layers() first."
+            )
+        folding.merge(self.model, self.peft_config, self._to_merge(adapter_names))
 
     def unmerge_adapter(self) -> None:
-        """Nothing: a vector is never merged."""
+        """Restore the biases that `merge_adapter` changed, bitwise."""
+        if not any(layer.merged for layer in self._steer_layers()):
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self._unfold()
 
-    def _refuse_merge(self) -> None:
-        raise SteerError(
-            "merge: received a request to fold steering vectors into the weights, which is not supported; nothing was "
-            "changed. Keep the adapter (it adds one vector per layer), or take it off with unload()."
-        )
+    def _unfold(self) -> None:
+        for layer in self._steer_layers():
+            layer.unfold()
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return self.active_adapters if adapter_names is None else adapter_names
 
     ##############
     # Saved form #

@@ -66,7 +66,8 @@ def steering(
     Raises:
         ConfigError: a value is not finite, or they are not for the same number of rows.
         AdapterNameError: there is no vector of a name.
-        ModelError: the model carries no vectors; inside the block, if the model runs another number of rows.
+        ModelError: the model carries no vectors, or they are merged; inside the block, if the model runs another
+            number of rows.
 
     Example:
 
@@ -78,6 +79,7 @@ def steering(
         ```
     """
     layers = _layers(model)
+    _check_unmerged(layers)
     if multiplier is None and adapter_names is None and prompt_lengths is None:
         raise ConfigError("steering: received nothing to set, expected a multiplier, adapter_names or prompt_lengths.")
     values: Value | dict[str, Value] | None
@@ -131,6 +133,15 @@ def _layers(model: nn.Module) -> tuple[SteerLayer, ...]:
     if not layers:
         raise ModelError(f"{type(model).__name__} carries no steering vector. Add or load one first.")
     return layers
+
+
+def _check_unmerged(layers: Sequence[SteerLayer]) -> None:
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ModelError(
+            f"steering: the vectors {merged} are merged adapters, folded into biases that steer every call alike. "
+            "Call `unmerge_adapter` first."
+        )
 
 
 def _value(value: Any, what: str) -> Value:

@@ -237,6 +237,18 @@ def test_bad_requests_change_nothing(model, input_ids, arguments, error, message
     assert torch.equal(logits(model, input_ids), before)
 
 
+def test_merged_vectors_have_no_strength_of_their_own(input_ids):
+    merged = get_peft_model(make_model("gpt2"), SteerConfig(layers_to_transform=[1], init_weights=False)).eval()
+    merged.merge_adapter()
+    with pytest.raises(ModelError, match="merged adapters.*unmerge_adapter"), steering(merged, 2.0):
+        pass
+    with pytest.raises(ModelError, match="unmerge_adapter"):
+        merged(input_ids, adapter_names=["default", "__base__"])
+    merged.unmerge_adapter()
+    with steering(merged, 0.0):
+        assert torch.equal(logits(merged, input_ids), logits(make_model("gpt2"), input_ids))
+
+
 def test_as_many_values_as_rows_are_expected(model, input_ids):
     with steering(model, [1.0, 2.0, 3.0]), pytest.raises(ModelError, match="values for 3 rows, but the model runs 2"):
         logits(model, input_ids)
