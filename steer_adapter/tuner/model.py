@@ -58,6 +58,8 @@ class SteerModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._targets: dict[str, int] = {}
+        if isinstance(peft_config, dict):  # as from a PeftModel; transformers adds its adapters one by one
+            _refuse_second(model, adapter_name)
         # On a transformers model all adapters share one dict; around another tuner, each keeps its own.
         books = getattr(model, "peft_config", None)
         known = dict(books) if isinstance(books, dict) else None
@@ -317,6 +319,19 @@ class SteerModel(BaseTuner):
                 "The adapter was made for a model with other decoder layers."
             )
         return {model_keys[key]: value for key, value in tensors.items()}
+
+
+def _refuse_second(model: nn.Module, adapter_name: str) -> None:
+    """A tuner switches, freezes and unloads the vectors of a model, so there is one, or none with native adapters."""
+    check_name(adapter_name, model)
+    present = sorted({name for layer in steer_layers(model) for name in layer.steer_vector})
+    if present:
+        raise SteerError(
+            f"The model carries the steering vectors {present} already, expected none: a PeftModel around it would "
+            f"switch them off. Add {adapter_name!r} where they are, with add_adapter(...) or load_adapter(...) of that "
+            "model, and activate several with model.base_model.set_adapter([...]), or, if they are loaded into a "
+            "transformers model, with model.set_adapter([...])."
+        )
 
 
 def _is_tuned(model: nn.Module) -> bool:

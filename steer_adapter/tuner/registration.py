@@ -9,6 +9,7 @@ from steer_adapter.errors import SteerError
 
 from .config import SteerConfig
 from .model import SteerModel
+from .others import spare_vectors
 
 
 NAME = "STEER"
@@ -30,6 +31,7 @@ def register() -> None:
         )
     _extend_peft_type()
     register_peft_method(name=NAME.lower(), config_cls=SteerConfig, model_cls=SteerModel)
+    spare_vectors()
 
 
 def _extend_peft_type() -> None:
