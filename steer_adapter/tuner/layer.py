@@ -40,7 +40,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        self.hidden_size = self.in_features = self.out_features = hidden_size
         # The only component of any key that may begin with `steer_`: transformers finds the adapter's name by it.
         self.steer_vector = nn.ParameterDict()
         self.multipliers = BufferDict(persistent=False)
@@ -93,6 +93,8 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None = None) -> torch.Tensor:
         """Steer `[B, T, H]`; the same shape and dtype come out. `layer_input` is what the decoder layer got."""
+        if hidden_states.ndim == 2:  # of a custom block, which knows no tokens
+            return self.forward(hidden_states[:, None], layer_input)[:, 0]
         self._check_hidden_states(hidden_states)
         asked = self._asked(hidden_states, layer_input)
         for operation, apply in OPERATIONS.items():

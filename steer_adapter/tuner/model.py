@@ -114,15 +114,19 @@ class SteerModel(BaseTuner):
         check_name(adapter_name, model)
         given = self.peft_config[adapter_name]
         is_first = not any(True for _ in self._steer_layers())
-        # A copy is filled in: the caller's config can be used for another model.
+        values = dict(vars(given))
         resolved, self._targets = resolve(given, model)
         check_key(adapter_name, self._targets)
+        others = [config for name, config in self.peft_config.items() if name != adapter_name]
+        if not any(config is given for config in others):  # else they would share what is set later
+            resolved = given.filled_in(resolved)
         self.peft_config[adapter_name] = resolved
         if state_dict is not None:
             state_dict = {key.replace(".steering.steer_", ".steer_"): value for key, value in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
+            vars(given).update(values)
             self.peft_config[adapter_name] = given
             raise
         # From here on the vector is there, or NaN; a second one made from this config starts anew.

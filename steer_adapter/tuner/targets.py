@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from steer_adapter.decoder import Decoder, find_decoder, text_config
@@ -88,6 +88,7 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
 
     Raises:
         AdapterNameError: with the reason.
+        ModelError: the model carries trained tokens.
     """
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
@@ -101,6 +102,12 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
             raise AdapterNameError(
                 f"adapter_name: received {adapter_name!r}, but the model carries a vector of that name. Choose "
                 "another name, or take the vector off first, with delete_adapter(name) or unload()."
+            )
+        if isinstance(module, TrainableTokensWrapper):
+            raise ModelError(
+                "The model carries an adapter with `trainable_token_indices`, expected none: PEFT looks for its tokens "
+                "in the file of any other adapter, and so can neither save nor load a vector. Merge that adapter with "
+                "merge_and_unload() first, and put the vector on what that returns."
             )
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             raise AdapterNameError(
