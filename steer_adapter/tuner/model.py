@@ -248,11 +248,11 @@ class SteerModel(BaseTuner):
                 steering.detach(module)
             forget_ranks(module)
         if not _is_tuned(self.model) and hasattr(self.model, "peft_config"):
+            # Not emptied, but replaced: a PeftModel around this one goes on with its own.
             books = self.model.peft_config
-            for name in [name for name, config in books.items() if isinstance(config, SteerConfig)]:
-                del books[name]
-            if not books:
-                del self.model.peft_config
+            del self.model.peft_config
+            if others := {name: config for name, config in books.items() if not isinstance(config, SteerConfig)}:
+                self.model.peft_config = others
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -106,12 +106,15 @@ def _saving(select: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dic
 
     @wraps(select)
     def select_others(
-        cls: type[BaseTuner], model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted: Any = (),
-        *, unwanted_adapter_names: Any = None,
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        cls: type[BaseTuner],
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
         others = {key: value for key, value in state_dict.items() if _VECTOR not in key}
-        unwanted = unwanted if unwanted_adapter_names is None else unwanted_adapter_names
-        selected = select(cls, model, config, adapter_name, others, unwanted)
+        selected = select(cls, model, config, adapter_name, others, unwanted_adapter_names)
         below = PREFIX * _steer_models_below(model)
         return {PREFIX + key.removeprefix(PREFIX + below) if below else key: selected[key] for key in selected}
 
@@ -123,7 +126,7 @@ def _loading(remap: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dic
 
     @wraps(remap)
     def remap_others(
-        cls: type[BaseTuner], model: nn.Module, config: Any, adapter_name: str, state_dict: Any
+        cls: type[BaseTuner], model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         below = PREFIX * _steer_models_below(model)
         others = {key: value for key, value in state_dict.items() if not f"{key}.".endswith(_VECTOR)}
