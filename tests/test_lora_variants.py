@@ -1,4 +1,4 @@
-"""Vectors trained and loaded on LoRA-finetuned models of every kind; the LoRA stays as it is, in memory and on disk."""
+"""Vectors trained and loaded on LoRA-finetuned models of every kind; the LoRA stays as it is."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def weights(folder: Path) -> bytes:
 
 
 def logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """With gradients, in training mode (nothing drops out here): bitsandbytes computes otherwise in between, on a CPU."""
+    """With gradients, in training mode (nothing drops out): else bitsandbytes computes otherwise on a CPU."""
     return model.train()(input_ids).logits.detach()
 
 

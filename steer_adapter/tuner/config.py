@@ -122,9 +122,9 @@ class SteerConfig(PeftConfig):
         return config
 
     def filled_in(self, resolved: SteerConfig) -> SteerConfig:
-        """The config for the books of a model: this very object, with the resolved values, as PEFT's methods have it.
+        """The config for the books of a model: this very object with the resolved values, as with PEFT's methods.
 
-        A copy if the object is that of a file, which may be loaded again, or of a model in which the values are others.
+        A copy if the object is that of a file, which may be loaded again, or of a model with other values.
         """
         if self.is_saved or (self._filled and self != resolved):
             return resolved
@@ -133,11 +133,9 @@ class SteerConfig(PeftConfig):
         self._filled = {name: (getattr(given, name), getattr(self, name)) for name in _FILLED_IN}
         return self
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the version of the format."""
-        saved = copy.copy(self)
-        saved.format_version = FORMAT_VERSION
-        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved, with the version of the format; so a config equals the one that its file gives."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def resolve(self, decoder: Decoder, model_name: str | None) -> SteerConfig:
         """This config with its layers and shape filled in for a model, after checking that it fits.

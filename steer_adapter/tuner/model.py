@@ -332,9 +332,9 @@ def _refuse_second(model: nn.Module, adapter_name: str) -> None:
     if present:
         raise SteerError(
             f"The model carries the steering vectors {present} already, expected none: a PeftModel around it would "
-            f"switch them off. Add {adapter_name!r} where they are, with add_adapter(...) or load_adapter(...) of that "
-            "model, and activate several with model.base_model.set_adapter([...]), or, if they are loaded into a "
-            "transformers model, with model.set_adapter([...])."
+            f"switch them off. Add {adapter_name!r} where they are, with add_adapter(...) or load_adapter(...), and "
+            "activate several with model.base_model.set_adapter([...]), or with model.set_adapter([...]) if they are "
+            "loaded into a transformers model."
         )
 
 

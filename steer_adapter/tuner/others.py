@@ -1,8 +1,8 @@
 """What other tuners do to vectors, undone.
 
 PEFT keeps no account of which tuner a layer belongs to: a tuner that saves, loads, switches or freezes does it to the
-layers of all. A [`SteerModel`] keeps to its vectors by what it overrides; the methods of the others, LoRA's among them,
-are those of `BaseTuner`, and are made to pass vectors by. On a model without vectors nothing is different.
+layers of all. A [`SteerModel`] keeps to its vectors by what it overrides; the methods of the others, such as LoRA, are
+those of `BaseTuner`, and are made to pass vectors by. On a model without vectors nothing is different.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _refuse_trained_modules(peft_config: Any, adapter_name: str) -> None:
         if getattr(config, name, None):
             raise ConfigError(
                 f"`{name}`: received {getattr(config, name)!r} for an adapter around a steered PeftModel, expected "
-                "None: its file would not load without the vector. Put this adapter on the model first, and the vector "
-                "around it."
+                "None: its file would not load without the vector. Put this adapter on the model first, and then the "
+                "vector around it."
             )
 
 
@@ -102,7 +102,7 @@ def _unloading(unload: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _saving(select: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
-    """Without this, PEFT puts the vectors of a model into the file of a LoRA, from which they come back when loaded."""
+    """Without this, PEFT puts the vectors into the file of a LoRA, from which they come back when it is loaded."""
 
     @wraps(select)
     def select_others(

@@ -105,8 +105,8 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
             )
         if isinstance(module, TrainableTokensWrapper):
             raise ModelError(
-                "The model carries an adapter with `trainable_token_indices`, expected none: PEFT looks for its tokens "
-                "in the file of any other adapter, and so can neither save nor load a vector. Merge that adapter with "
+                "The model carries an adapter with `trainable_token_indices`, expected none: PEFT looks for its "
+                "tokens in the file of any other adapter, and so can't save or load a vector. Merge that adapter with "
                 "merge_and_unload() first, and put the vector on what that returns."
             )
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:

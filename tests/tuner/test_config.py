@@ -121,7 +121,9 @@ def test_a_newer_format_with_unknown_keys_is_an_error_not_a_warning(adapter_dir)
 def test_one_config_serves_two_models():
     config = SteerConfig(init_weights=False)
     first = get_peft_model(make_model(), config)
-    assert first.peft_config["default"] is config and config.layers_to_transform == [0, 1, 2, 3], "as with a LoraConfig"
+    assert first.peft_config["default"] is config and config.layers_to_transform == [0, 1, 2, 3], (
+        "as with a LoraConfig"
+    )
     shorter = make_model("gpt2")
     shorter.transformer.h = shorter.transformer.h[:2]
     again = get_peft_model(shorter, config)
