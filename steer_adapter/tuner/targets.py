@@ -17,8 +17,17 @@ from .config import SteerConfig
 from .layer import SteerLayer
 
 
+# PeftModel's classes for these look for the trained head, which other methods name in `modules_to_save`.
+HEAD_TASKS = ("TOKEN_CLS", "QUESTION_ANS")
+
+
 def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[str, int]]:
     """Check everything before anything is injected; the filled-in config, and hidden size by name of target."""
+    if config.task_type in HEAD_TASKS:
+        raise ConfigError(
+            f"`task_type`: received {config.task_type!r}, for which PEFT needs a method that trains the model's head; "
+            "a steering vector is nothing but its vectors. Leave task_type out: the model runs the same without it."
+        )
     if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
         raise ModelError(
             "The model has layers offloaded to disk. PEFT would rewrite the checkpoint of the base model in place to "
