@@ -8,6 +8,7 @@ from steer_adapter.tuner.combine import add_weighted_adapter
 from steer_adapter.tuner.library import load_library
 from steer_adapter.tuner.registration import register
 from steer_adapter.tuner.strength import set_multiplier, steering
+from steer_adapter.tuner.swap import swap_vector
 from steer_adapter.verify import verify
 from steer_adapter.version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_library",
     "set_multiplier",
     "steering",
+    "swap_vector",
     "verify",
 ]
 

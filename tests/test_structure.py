@@ -16,8 +16,8 @@ ROOT = Path(steer_adapter.__file__).parent
 TESTS = Path(__file__).parent
 # Each imports only from itself and from those before it.
 ORDER = [
-    "errors", "version", "extras", "decoder", "operations", "merging", "tuner", "log_probs", "verify", "data", "learn",
-    "evaluate", "interop", "cli", "demo",
+    "errors", "version", "extras", "shapes", "decoder", "operations", "merging", "tuner", "log_probs", "verify",
+    "data", "learn", "evaluate", "interop", "cli", "demo",
 ]  # fmt: skip
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

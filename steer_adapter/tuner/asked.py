@@ -9,7 +9,7 @@ import torch
 
 from steer_adapter.errors import ModelError
 
-from .positions import current_ranks, scope_mask
+from .positions import scope_mask
 from .request import Request, request_for
 
 
@@ -43,61 +43,51 @@ class Asked:
         return all(first.shape == second.shape and torch.equal(first, second) for first, second in pairs)
 
 
-def ask(layer: SteerLayer, hidden_states: torch.Tensor) -> Asked:
-    """What a layer is asked to do with hidden states `[B, T, H]`."""
-    request, (rows, tokens, _) = request_for(layer), hidden_states.shape
+def ask(layer: SteerLayer, rows: int, device: torch.device, ranks: torch.Tensor | None) -> Asked:
+    """What a layer is asked to do with hidden states of so many rows; `ranks` only where vectors have a scope."""
     if layer.disable_adapters:
         return Asked({})
+    request = request_for(layer)
 
     def in_scope(strength: torch.Tensor, scope: str) -> torch.Tensor:
         by_row = strength[:, None, None] if strength.ndim else strength
-        if scope == "all":
-            return by_row
-        lengths = prompt_lengths(request, rows)
-        return by_row * token_mask(scope, tokens, lengths).to(strength.device)
+        return by_row if scope == "all" else by_row * _mask(request, scope, rows, ranks).to(strength.device)
 
-    strengths_ = strengths(layer, request, rows)
-    multipliers = {name: in_scope(strength, layer.scopes[name]) for name, strength in strengths_.items()}
+    multipliers = {
+        name: in_scope(_strength(layer, request, name, rows), layer.scopes[name]) for name in _wanted(layer, request)
+    }
     if layer.library is None or request is None or request.names is None:
         return Asked(multipliers)
-    return Asked(multipliers, layer.library.pick(request, rows, hidden_states.device, in_scope))
+    return Asked(multipliers, layer.library.pick(request, rows, device, in_scope))
 
 
-def strengths(layer: SteerLayer, request: Request | None, rows: int) -> dict[str, torch.Tensor]:
-    """The multipliers of the vectors that steer, each a scalar or `[rows]`."""
-    if request is None:
-        return {name: layer.multipliers[name] for name in layer.active_adapters if name in layer.steer_vector}
-    return {name: request.strength(name, layer.multipliers[name], rows) for name in _wanted(layer, request)}
-
-
-def _wanted(layer: SteerLayer, request: Request) -> list[str]:
+def _wanted(layer: SteerLayer, request: Request | None) -> list[str]:
     """The vectors that rows name; without names the active ones, and those that a value is given for."""
-    named = request.names
-    if named is None:
-        named = (*layer.active_adapters, *(request.multiplier if isinstance(request.multiplier, dict) else ()))
+    if request is None or request.names is None:
+        values = {} if request is None else request.multiplier
+        named = (*layer.active_adapters, *(values if isinstance(values, dict) else ()))
+    else:
+        named = request.names
     return [name for name in dict.fromkeys(named) if name in layer.steer_vector]
 
 
-def prompt_lengths(request: Request | None, rows: int) -> torch.Tensor:
-    """The prompt lengths of the rows, `[rows]` int64.
+def _strength(layer: SteerLayer, request: Request | None, name: str, rows: int) -> torch.Tensor:
+    live = layer.multipliers[name]
+    return live if request is None else request.strength(name, live, rows)
 
-    Raises:
-        ModelError: nobody gave them.
-    """
+
+def _mask(request: Request | None, scope: str, rows: int, ranks: torch.Tensor | None) -> torch.Tensor:
+    """`[B, T, 1]`: where a vector of this scope steers."""
     if request is None or request.prompt_lengths is None:
         raise ModelError(
-            "token_scope: the model was called without prompt lengths, expected them to tell prompt and completion "
-            "apart. Call generate() of the PeftModel, or run the model inside steering(model, prompt_lengths=[...])."
+            f"token_scope={scope!r}: the model was called without prompt lengths, expected them to tell prompt and "
+            "completion apart. Call generate() of the PeftModel, or run the model inside "
+            "steering(model, prompt_lengths=[...])."
         )
-    return request.by_model_row(request.prompt_lengths, rows)
-
-
-def token_mask(scope: str, tokens: int, lengths: torch.Tensor) -> torch.Tensor:
-    """`[B, T, 1]`: where a vector of this scope steers in the forward that this thread is in."""
-    ranks = current_ranks()
-    if ranks is None or ranks.shape[1] != tokens:
+    if ranks is None:
         raise ModelError(
-            "token_scope: the decoder layers were run without their decoder, so the positions of the tokens are "
-            "unknown. Call the model, or use vectors with token_scope='all'."
+            f"token_scope={scope!r}: the decoder layers were run without their decoder, so the positions of the "
+            "tokens are unknown. Call the model, or use vectors with token_scope='all'."
         )
+    lengths = request.by_model_row(request.prompt_lengths, rows)
     return scope_mask(scope, ranks, lengths)[:, :, None]

@@ -13,8 +13,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .asked import Asked, prompt_lengths, strengths, token_mask
-from .request import request_for
+from .asked import Asked, ask
+from .positions import current_ranks
+from .recompute import in_backward
 
 
 if TYPE_CHECKING:
@@ -32,65 +33,79 @@ def register(layer: SteerLayer) -> torch.Tensor:
 
 
 def traced(layer: SteerLayer, hidden_states: torch.Tensor) -> Asked:
-    """`ask` for code that is being compiled: every vector of the layer has a multiplier, 0 for those that rest."""
+    """`ask` for code that is being compiled.
+
+    Without gradients all comes from one operator, and nothing of a vector is left to guard. With gradients the vectors
+    are part of the graph, each with a multiplier, 0 for those that rest.
+    """
     rows, tokens, hidden_size = hidden_states.shape
     device = hidden_states.device
-    values = torch.ops.steer_adapter.multipliers(layer.key, len(layer.steer_vector), rows, device)
-    multipliers = {}
-    for index, name in enumerate(layer.steer_vector):
-        multipliers[name] = values[index][:, None, None]
-        if layer.scopes[name] != "all":
-            lengths = torch.ops.steer_adapter.prompt_lengths(layer.key, rows, device)
-            multipliers[name] = multipliers[name] * token_mask(layer.scopes[name], tokens, lengths)
+    ranks = current_ranks(tokens) if layer.is_scoped else None
+    steps = tokens if layer.is_scoped else 1
+    if not torch.is_grad_enabled():
+        return Asked({}, torch.ops.steer_adapter.delta(layer.key, ranks, rows, steps, hidden_size, device))
+    values = torch.ops.steer_adapter.multipliers(layer.key, ranks, len(layer.steer_vector), rows, steps, device)
+    multipliers = {name: values[index][:, :, None] for index, name in enumerate(layer.steer_vector)}
     if layer.library is None:
         return Asked(multipliers)
-    return Asked(multipliers, torch.ops.steer_adapter.picked(layer.key, rows, hidden_size, device))
+    return Asked(multipliers, torch.ops.steer_adapter.picked(layer.key, ranks, rows, steps, hidden_size, device))
+
+
+def _ask(key: torch.Tensor, rows: int, device: torch.device, ranks: torch.Tensor | None) -> tuple[SteerLayer, Asked]:
+    layer = _layers[int(key)]
+    return layer, ask(layer, rows, device, ranks)
+
+
+@torch.library.custom_op("steer_adapter::delta", mutates_args=())
+def _delta(
+    key: torch.Tensor, ranks: torch.Tensor | None, rows: int, tokens: int, hidden_size: int, device: torch.device
+) -> torch.Tensor:
+    """Σ m·v of all that steers, `[rows, tokens, hidden_size]` float32; `tokens` is 1 where all are steered alike."""
+    layer, asked = _ask(key, rows, device, ranks)
+    result = torch.zeros(rows, tokens, hidden_size, device=device)
+    for name, multiplier in asked.multipliers.items():
+        result += multiplier * layer.checked_vector(name).to(device)
+    return result if asked.picked is None else result + asked.picked
 
 
 @torch.library.custom_op("steer_adapter::multipliers", mutates_args=())
-def _multipliers(key: torch.Tensor, vectors: int, rows: int, device: torch.device) -> torch.Tensor:
-    layer = _layers[int(key)]
-    result = torch.zeros(vectors, rows, device=device)
-    if layer.disable_adapters:
-        return result
-    request = request_for(layer)
-    asked = strengths(layer, request, rows)
+def _multipliers(
+    key: torch.Tensor, ranks: torch.Tensor | None, vectors: int, rows: int, tokens: int, device: torch.device
+) -> torch.Tensor:
+    """The multiplier of each vector of the layer, `[vectors, rows, tokens]` float32."""
+    if in_backward():
+        return _layers[int(key)].compiled_multipliers.recall()
+    layer, asked = _ask(key, rows, device, ranks)
+    result = torch.zeros(vectors, rows, tokens, device=device)
     for index, name in enumerate(layer.steer_vector):
-        if name in asked:
+        if name in asked.multipliers:
             layer.checked_vector(name)
-            if layer.scopes[name] != "all":
-                prompt_lengths(request, rows)
-            result[index] = asked[name]
+            multiplier = asked.multipliers[name]
+            result[index] = multiplier[:, :, 0] if multiplier.ndim else multiplier
+    layer.compiled_multipliers.keep(result.clone())
     return result
 
 
-@_multipliers.register_fake
-def _(key: torch.Tensor, vectors: int, rows: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(vectors, rows, device=device)
-
-
-@torch.library.custom_op("steer_adapter::prompt_lengths", mutates_args=())
-def _prompt_lengths(key: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
-    request = request_for(_layers[int(key)])
-    if request is None or request.prompt_lengths is None:  # an error only if a vector needs them, see above
-        return torch.ones(rows, dtype=torch.int64, device=device)
-    return prompt_lengths(request, rows).to(device, copy=True)
-
-
-@_prompt_lengths.register_fake
-def _(key: torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(rows, dtype=torch.int64, device=device)
-
-
 @torch.library.custom_op("steer_adapter::picked", mutates_args=())
-def _picked(key: torch.Tensor, rows: int, hidden_size: int, device: torch.device) -> torch.Tensor:
-    layer = _layers[int(key)]
-    request = request_for(layer)
-    if layer.disable_adapters or layer.library is None or request is None or request.names is None:
-        return torch.zeros(rows, 1, hidden_size, device=device)
-    return layer.library.pick(request, rows, device)
+def _picked(
+    key: torch.Tensor, ranks: torch.Tensor | None, rows: int, tokens: int, hidden_size: int, device: torch.device
+) -> torch.Tensor:
+    """m·v from the library, `[rows, tokens, hidden_size]` float32."""
+    _, asked = _ask(key, rows, device, ranks)
+    result = torch.zeros(rows, tokens, hidden_size, device=device)
+    return result if asked.picked is None else result + asked.picked
 
 
+@_delta.register_fake
 @_picked.register_fake
-def _(key: torch.Tensor, rows: int, hidden_size: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(rows, 1, hidden_size, device=device)
+def _(
+    key: torch.Tensor, ranks: torch.Tensor | None, rows: int, tokens: int, hidden_size: int, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(rows, tokens, hidden_size, device=device)
+
+
+@_multipliers.register_fake
+def _(
+    key: torch.Tensor, ranks: torch.Tensor | None, vectors: int, rows: int, tokens: int, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(vectors, rows, tokens, device=device)

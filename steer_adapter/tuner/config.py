@@ -37,6 +37,10 @@ class SteerConfig(PeftConfig):
         target_modules (`str` or `list[str]`, *optional*):
             Instead of `layers_to_transform`: names of blocks (a regex, or a list of suffixes), for custom models. A
             block returns its hidden states as a tensor `[B, T, H]`, or as the first entry of a tuple.
+        stack (`str`, *optional*):
+            Which stack of layers `layers_to_transform` counts, for models with several: the path of the module that
+            holds it, as in the transformers model, e.g. `"model.vision_tower"` or `"encoder"`. `hidden_size` and
+            `num_hidden_layers` are then that stack's. Defaults to the text decoder.
         multiplier (`float`, defaults to 1.0):
             The initial strength. `set_multiplier` changes the live one, which is never saved.
         operation (`str`, defaults to `"add"`):
@@ -62,6 +66,9 @@ class SteerConfig(PeftConfig):
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of blocks to steer instead, for custom models."}
+    )
+    stack: str | None = field(
+        default=None, metadata={"help": "Path of the module whose layers are counted; default the text decoder."}
     )
     multiplier: float = field(default=1.0, metadata={"help": "Initial strength."})
     operation: str = field(default="add", metadata={"help": "What the vector does to the residual stream."})
@@ -98,7 +105,7 @@ class SteerConfig(PeftConfig):
             return config
         if config.format_version is None:
             raise ConfigError(f"{pretrained_model_name_or_path}: the adapter's config lacks `format_version`.")
-        path = _find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
+        path = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if path is None:
             # A config alone may be read, but not put on a model.
             config.lacks_weights_at = str(pretrained_model_name_or_path)
@@ -158,7 +165,7 @@ class SteerConfig(PeftConfig):
         return resolved
 
 
-def _find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
+def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
     """The adapter's safetensors file, fetched if it is on the Hub; `None` if there is none, which PEFT reports."""
     folder = os.path.join(name_or_path, subfolder or "")
     if os.path.isdir(folder):
@@ -219,6 +226,12 @@ def _check_targets(config: SteerConfig) -> None:
         )
     if layers is not None and not (_is_int(layers) or (isinstance(layers, list) and all(map(_is_int, layers)))):
         raise ConfigError(f"`layers_to_transform`: received {layers!r}, expected an integer or a list of integers.")
+    if config.stack is not None and not (isinstance(config.stack, str) and config.stack):
+        raise ConfigError(f"`stack`: received {config.stack!r}, expected the path of a module, e.g. 'encoder'.")
+    if config.stack is not None and targets is not None:
+        raise ConfigError(
+            f"Received both `stack`={config.stack!r} and `target_modules`={targets!r}, expected one of them."
+        )
     if layers == [] or targets in ([], ""):
         raise ConfigError("Received an empty list of layers to steer, expected at least one, or None for all.")
     is_names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)

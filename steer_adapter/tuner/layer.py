@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +18,9 @@ from steer_adapter.operations import OPERATIONS
 from .asked import Asked, ask
 from .compiled import register, traced
 from .config import SteerConfig
-from .recompute import Recompute, in_backward, layer_input_of
+from .positions import current_ranks, is_packed
+from .recompute import Latest, Recompute, in_backward, layer_input_of
+from .request import request_for
 
 
 if TYPE_CHECKING:
@@ -51,8 +55,10 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._known_finite: dict[str, tuple[torch.Tensor, int]] = {}
         self._recompute = Recompute()
-        # Set by a library that is attached to the model.
         self.library: LibraryLayer | None = None
+        # Whether any vector steers the prompt or the completion only.
+        self.is_scoped = False
+        self.compiled_multipliers = Latest()
         self.key = register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,6 +92,16 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.multipliers[adapter_name] = torch.tensor(float(config.multiplier), dtype=torch.float32, device=device)
         self.operations[adapter_name] = config.operation
         self.scopes[adapter_name] = config.token_scope
+        self._look_for_scopes()
+
+    def set_library(self, library: LibraryLayer | None) -> None:
+        """Let rows pick from the vectors of a library at this layer; `None` takes it off."""
+        self.library = library
+        self._look_for_scopes()
+
+    def _look_for_scopes(self) -> None:
+        library = () if self.library is None else self.library.scopes
+        self.is_scoped = any(scope != "all" for scope in (*self.scopes.values(), *library))
 
     def set_multiplier(self, adapter_name: str, value: float) -> None:
         """Set the live strength of one vector. In place, so that compiled code sees it."""
@@ -96,7 +112,23 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         if hidden_states.ndim == 2:  # of a custom block, which knows no tokens
             return self.forward(hidden_states[:, None], layer_input)[:, 0]
         self._check_hidden_states(hidden_states)
-        asked = self._asked(hidden_states, layer_input)
+        with self.at_hand():
+            return self._steered(hidden_states, self._asked(hidden_states, layer_input))
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Vectors that accelerate keeps elsewhere (CPU offload) are brought in; it would only for a forward of theirs."""
+        hook = getattr(self.steer_vector, "_hf_hook", None)
+        if hook is None:
+            yield
+            return
+        hook.pre_forward(self.steer_vector)
+        try:
+            yield
+        finally:
+            hook.post_forward(self.steer_vector, None)
+
+    def _steered(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor:
         for operation, apply in OPERATIONS.items():
             names = [name for name in asked.multipliers if self.operations[name] == operation]
             vectors = [self.checked_vector(name).to(hidden_states.device) for name in names]
@@ -112,12 +144,16 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return traced(self, hidden_states)
         if layer_input is None or not (layer_input.requires_grad or torch.is_grad_enabled()):
-            return ask(self, hidden_states)
+            return self._ask(hidden_states)
         if in_backward() and (recalled := self._recompute.recall(layer_input)) is not None:
             return recalled
-        asked = ask(self, hidden_states).copied()
+        asked = self._ask(hidden_states).copied()
         self._recompute.keep(layer_input, asked)
         return asked
+
+    def _ask(self, hidden_states: torch.Tensor) -> Asked:
+        rows, tokens, _ = hidden_states.shape
+        return ask(self, rows, hidden_states.device, current_ranks(tokens) if self.is_scoped else None)
 
     def _check_hidden_states(self, hidden_states: torch.Tensor) -> None:
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
@@ -134,11 +170,12 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         version = 0 if vector.is_inference() else vector._version
         known, known_version = self._known_finite.get(name, (None, -1))
         if known is not vector or known_version != version:
-            if not torch.isfinite(vector).all():
+            if not torch.isfinite(vector.detach()).all():  # nothing for autograd to save
                 raise VectorError(
                     f"The steering vector of adapter {name!r} holds NaN or infinity, expected finite values. Either "
                     "its weights never arrived (a file without them, or keys of another model), or training "
-                    "diverged. Load the adapter again and look at the warnings, or train with a lower learning rate."
+                    "diverged. Load the adapter again and look at the warnings (where a model names its layers "
+                    "otherwise, only PeftModel.from_pretrained finds them), or train with a lower learning rate."
                 )
             self._known_finite[name] = (vector, version)
         return vector
@@ -146,6 +183,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self._known_finite.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
+        self._look_for_scopes()
 
     def enable_adapters(self, enabled: bool) -> None:
         # Only the switch: PEFT's version would also make a vector that was loaded for inference trainable.
@@ -196,9 +234,21 @@ def steer_layers(model: nn.Module) -> tuple[SteerLayer, ...]:
     return layers
 
 
+def check_rows(layer: SteerLayer, kwargs: dict[str, Any]) -> None:
+    """Refuse to tell rows apart where a row holds several sequences."""
+    request = request_for(layer)
+    if request is not None and (request.by_row or layer.is_scoped) and is_packed(kwargs):
+        raise ModelError(
+            "steering: received values or prompt lengths for rows, but the rows hold several sequences (packing, or "
+            "continuous batching); expected one sequence in each row. Use one multiplier for all, or don't pack."
+        )
+
+
 def steer_output(decoder_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a decoder layer: steer its hidden states and leave the rest of its output alone."""
     steering, layer_input = decoder_layer.steering, layer_input_of(args, kwargs)
+    if not torch.compiler.is_compiling():
+        check_rows(steering, kwargs)
     if isinstance(output, torch.Tensor):
         return steering(output, layer_input)
     if type(output) in (tuple, list) and output and isinstance(output[0], torch.Tensor):

@@ -96,7 +96,7 @@ class Library:
             target = modules[decoder.names[layer]]
             if getattr(target, "steering", None) is None:
                 SteerLayer(decoder.hidden_size).attach(target)
-            target.steering.library = LibraryLayer(self, layer)
+            target.steering.set_library(LibraryLayer(self, layer))
         if set(self.scopes) != {"all"}:
             note_ranks(modules[decoder_of(decoder.names[0])])
 
@@ -105,7 +105,7 @@ class Library:
         for module in list(model.modules()):
             steering = module._modules.get("steering")
             if isinstance(steering, SteerLayer) and steering.library is not None and steering.library.library is self:
-                steering.library = None
+                steering.set_library(None)
                 if not steering.steer_vector:
                     steering.detach(module)
 
@@ -129,31 +129,28 @@ class LibraryLayer:
 
     def __init__(self, library: Library, layer: int) -> None:
         self.library, self.layer = library, layer
+        self.scopes = set(library.scopes)
 
     def __contains__(self, name: object) -> bool:
         return name in self.library
 
-    def pick(
-        self, request: Request, rows: int, device: torch.device, in_scope: InScope | None = None
-    ) -> torch.Tensor | None:
+    def pick(self, request: Request, rows: int, device: torch.device, in_scope: InScope) -> torch.Tensor:
         """m·v of the vector that each row names, 0 for a row that names none of these.
 
         Args:
             request: names the rows.
             rows: B, of the model.
             device: of the result.
-            in_scope: multiplier `[B]` and token scope to `[B, 1, 1]` or `[B, T, 1]`; not needed for scope `all` alone.
+            in_scope: multiplier `[B]` and token scope to `[B, 1, 1]` or `[B, T, 1]`.
 
         Returns:
             `[B, 1, H]` float32, or `[B, T, H]` if some vectors steer only some tokens.
         """
         picked = request.once((self, device), lambda: self._picked(request).to(device))
         picked = request.by_model_row(picked, rows)[:, None, :]
-        scopes = [self.library.scopes[self.library.index[n]] if n in self else "all" for n in request.names or ()]
-        if set(scopes) <= {"all"}:
+        if self.scopes == {"all"}:
             return picked
-        if in_scope is None:
-            raise ModelError("token_scope: vectors of a library steer all tokens under torch.compile, expected 'all'.")
+        scopes = [self.library.scopes[self.library.index[n]] if n in self else "all" for n in request.names or ()]
         masks = [(scope, torch.tensor([float(scope == s) for s in scopes], device=device)) for scope in set(scopes)]
         return picked * sum(in_scope(request.by_model_row(mask, rows), scope) for scope, mask in masks)
 

@@ -304,7 +304,7 @@ class SteerModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SteerConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        hidden_size = next(module.hidden_size for module in model.modules() if isinstance(module, SteerLayer))
+        layers = [m for m in model.modules() if isinstance(m, SteerLayer) and adapter_name in m.steer_vector]
         suffix = f".steering.steer_vector.{adapter_name}"
         model_keys = {
             _with_prefix(cls._remove_adapter_name_from_key(key, adapter_name)): key
@@ -314,7 +314,7 @@ class SteerModel(BaseTuner):
         source = f"adapter {adapter_name!r}"
         state_dict = without_embeddings(state_dict, source)
         tensors = {_with_prefix(checkpoint_key(key)): value for key, value in state_dict.items()}
-        check_tensors(tensors, hidden_size, len(model_keys), source)
+        check_tensors(tensors, layers[0].hidden_size, len(model_keys), source)
         renamed = match_by_layer(model_keys.keys() - tensors.keys(), tensors.keys() - model_keys.keys())
         tensors = {renamed.get(key, key): value for key, value in tensors.items()}
         if tensors.keys() != model_keys.keys():

@@ -59,6 +59,18 @@ def token_ranks(arguments: dict[str, Any], tokens: int, device: torch.device) ->
     )
 
 
+def is_packed(arguments: dict[str, Any]) -> bool:
+    """Whether the arguments of a decoder layer show rows that hold several sequences."""
+    if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")):
+        return True
+    ids = arguments.get("position_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
+        return False
+    # A second sequence begins at 0 again; the 0s of padding come before the first token.
+    begins_again = (ids[:, 1:] == 0) & (ids[:, :-1] > 0) & (ids[:, :1] == 0)
+    return bool(begins_again.any())
+
+
 # By thread: one model may serve several at once. Not a context variable, since torch.compile can't trace those.
 _current = threading.local()
 
@@ -90,6 +102,7 @@ def forget_ranks(decoder: nn.Module) -> None:
         decoder._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def current_ranks() -> torch.Tensor | None:
-    """The ranks of the forward that this thread is in, if it went through a decoder with `note_ranks`."""
-    return getattr(_current, "ranks", None)
+def current_ranks(tokens: int) -> torch.Tensor | None:
+    """The ranks of the forward that this thread is in, if its decoder took them down for so many tokens."""
+    ranks = getattr(_current, "ranks", None)
+    return ranks if ranks is not None and ranks.shape[1] == tokens else None

@@ -63,6 +63,36 @@ class Recompute:
         return entry.asked
 
 
+class Latest:
+    """What compiled code was asked for in its last forward, which has no memory to tell forwards apart by."""
+
+    def __init__(self) -> None:
+        self._values: list[torch.Tensor] = []
+        self._recalled = False
+
+    def keep(self, value: torch.Tensor) -> None:
+        """Note what a forward was asked for; only whether there were several matters."""
+        if self._recalled:
+            self._values, self._recalled = [], False
+        if len(self._values) < 2 and not any(torch.equal(value, known) for known in self._values):
+            self._values.append(value)
+
+    def recall(self) -> torch.Tensor:
+        """What the forwards since the last backward were asked for.
+
+        Raises:
+            ModelError: they were asked for different things, or there was none.
+        """
+        if len(self._values) != 1:
+            raise ModelError(
+                "torch.compile with gradient checkpointing: several forwards with different strengths came before one "
+                "backward, and their recomputation can't tell them apart. Call backward after each, or do without one "
+                "of the two."
+            )
+        self._recalled = True
+        return self._values[0].clone()
+
+
 def in_backward() -> bool:
     """Whether autograd is running, so that a forward in this thread is one of gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1

@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
-from steer_adapter.decoder import Decoder, find_decoder, text_config
+from steer_adapter.decoder import Decoder, find_decoder
 from steer_adapter.errors import AdapterNameError, ConfigError, ModelError
+from steer_adapter.shapes import shape_at
 
 from .config import SteerConfig
 from .layer import SteerLayer
@@ -34,7 +35,7 @@ def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[st
             "add an adapter, so this is refused. Load the model with device_map='cpu', or with CPU offload only."
         )
     if config.target_modules is None:
-        decoder = find_decoder(model)
+        decoder = find_decoder(model, config.stack)
         resolved = config.resolve(decoder, _name_of(model))
         names = [decoder.names[layer] for layer in resolved.layers_to_transform]  # type: ignore[union-attr]
     else:
@@ -64,8 +65,8 @@ def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], St
             f"`target_modules`: received {config.target_modules!r}, which matches no module of "
             f"{type(model).__name__}. Expected names as in model.named_modules()."
         )
-    model_config = text_config(model)
-    hidden_size = config.hidden_size or getattr(model_config, "hidden_size", None)
+    model_config, width = shape_at(model, names[0])
+    hidden_size = config.hidden_size or width
     if hidden_size is None:
         raise ConfigError(
             f"{type(model).__name__} has no config with a `hidden_size`; expected SteerConfig(hidden_size=...), the "

@@ -310,7 +310,7 @@ def test_target_modules_by_regex():
         (SteerConfig(target_modules=["blocks.1"]), ConfigError, r"expected SteerConfig\(hidden_size="),
         (SteerConfig(target_modules="blocks", hidden_size=6), ModelError, "ModuleList, which no forward runs"),
         (SteerConfig(target_modules="blocks.1(", hidden_size=6), ConfigError, "the regex 'blocks.1\\('"),
-        (SteerConfig(), ModelError, "no config"),
+        (SteerConfig(), ModelError, "No decoder layers"),
     ],
 )
 def test_bad_targets(config, error, message):
