@@ -128,7 +128,7 @@ def test_one_config_serves_two_models():
         "as with a LoraConfig"
     )
     shorter = make_model("gpt2")
-    shorter.transformer.h = shorter.transformer.h[:2]
+    shorter.transformer.h, shorter.config.n_layer = shorter.transformer.h[:2], 2
     again = get_peft_model(shorter, config)
     assert again.peft_config["default"].layers_to_transform == [0, 1], "all layers of the other model too"
     assert config.layers_to_transform == [0, 1, 2, 3], "the first model's books stay"
