@@ -50,6 +50,8 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.multipliers = BufferDict(persistent=False)
         self.operations: dict[str, str] = {}
         self.scopes: dict[str, str] = {}
+        # A block of no transformers model may know no tokens, and return `[B, H]`.
+        self.is_custom = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -92,6 +94,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.multipliers[adapter_name] = torch.tensor(float(config.multiplier), dtype=torch.float32, device=device)
         self.operations[adapter_name] = config.operation
         self.scopes[adapter_name] = config.token_scope
+        self.is_custom = config.model_type is None
         self._look_for_scopes()
 
     def set_library(self, library: LibraryLayer | None) -> None:
@@ -109,7 +112,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None = None) -> torch.Tensor:
         """Steer `[B, T, H]`; the same shape and dtype come out. `layer_input` is what the decoder layer got."""
-        if hidden_states.ndim == 2:  # of a custom block, which knows no tokens
+        if hidden_states.ndim == 2 and self.is_custom:
             return self.forward(hidden_states[:, None], layer_input)[:, 0]
         self._check_hidden_states(hidden_states)
         with self.at_hand():
