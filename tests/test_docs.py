@@ -49,6 +49,12 @@ def test_how_to(page, tmp_path, monkeypatch):
     run_page(f"docs/how_to/{page}")
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
+def test_peft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("docs/peft.md")
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from .saved import read_vectors
 
 
 FORMAT_VERSION = 1
+_FILLED_IN = ("layers_to_transform", "hidden_size", "num_hidden_layers", "model_type", "base_model_name_or_path")
 
 
 @dataclass
@@ -81,6 +82,8 @@ class SteerConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.lacks_weights_at: str | None = None
+        # What was given and what was filled in for a model, where they may differ.
+        self._filled: dict[str, tuple[Any, Any]] = {}
         from peft.utils import PeftType
 
         self.peft_type = PeftType("STEER")
@@ -116,11 +119,30 @@ class SteerConfig(PeftConfig):
         """Whether this config came from a file, so that its vectors are about to be loaded."""
         return self.format_version is not None
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the version of the format."""
-        saved = copy.copy(self)
-        saved.format_version = FORMAT_VERSION
-        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+    def as_given(self) -> SteerConfig:
+        """A copy with the values from before it was filled in for a model, but for those changed since."""
+        config = copy.copy(self)
+        for name, (given, filled) in self._filled.items():
+            if getattr(self, name) == filled:
+                setattr(config, name, given)
+        config._filled = {}
+        return config
+
+    def filled_in(self, resolved: SteerConfig) -> SteerConfig:
+        """The config for the books of a model: this very object with the resolved values, as with PEFT's methods.
+
+        A copy if the object is that of a file, which may be loaded again, or of a model with other values.
+        """
+        if self.is_saved or (self._filled and self != resolved):
+            return resolved
+        given = self.as_given()
+        self.__dict__.update(resolved.__dict__)
+        self._filled = {name: (getattr(given, name), getattr(self, name)) for name in _FILLED_IN}
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved, with the version of the format; so a config equals the one that its file gives."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def resolve(self, decoder: Decoder, model_name: str | None) -> SteerConfig:
         """This config with its layers and shape filled in for a model, after checking that it fits.
@@ -135,8 +157,8 @@ class SteerConfig(PeftConfig):
             )
         if self.is_saved:
             _check_shape(self, decoder, model_name)
-        resolved = copy.copy(self)
-        resolved.layers_to_transform = _resolve_layers(self.layers_to_transform, len(decoder))
+        resolved = self.as_given()
+        resolved.layers_to_transform = _resolve_layers(resolved.layers_to_transform, len(decoder))
         resolved.hidden_size = decoder.hidden_size
         resolved.num_hidden_layers = len(decoder)
         resolved.model_type = self.model_type if self.is_saved else decoder.model_type

@@ -46,12 +46,14 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        self.hidden_size = self.in_features = self.out_features = hidden_size
         # The only component of any key that may begin with `steer_`: transformers finds the adapter's name by it.
         self.steer_vector = nn.ParameterDict()
         self.multipliers = BufferDict(persistent=False)
         self.operations: dict[str, str] = {}
         self.scopes: dict[str, str] = {}
+        # A block of no transformers model may know no tokens, and return `[B, H]`.
+        self.is_custom = False
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -70,6 +72,9 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def attach(self, decoder_layer: nn.Module) -> None:
         """Put this module on a decoder layer."""
+        from .others import spare_vectors
+
+        spare_vectors()
         global _version
         _version += 1
         decoder_layer.add_module("steering", self)
@@ -95,6 +100,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
         self.multipliers[adapter_name] = torch.tensor(float(config.multiplier), dtype=torch.float32, device=device)
         self.operations[adapter_name] = config.operation
         self.scopes[adapter_name] = config.token_scope
+        self.is_custom = config.model_type is None
         self._look_for_scopes()
 
     def set_library(self, library: LibraryLayer | None) -> None:
@@ -114,6 +120,8 @@ class SteerLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None = None) -> torch.Tensor:
         """Steer `[B, T, H]`; the same shape and dtype come out. `layer_input` is what the decoder layer got."""
+        if hidden_states.ndim == 2 and self.is_custom:
+            return self.forward(hidden_states[:, None], layer_input)[:, 0]
         self._check_hidden_states(hidden_states)
         with self.at_hand():
             return self._steered(hidden_states, self._asked(hidden_states, layer_input))

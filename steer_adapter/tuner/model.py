@@ -60,6 +60,8 @@ class SteerModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._targets: dict[str, int] = {}
+        if isinstance(peft_config, dict):  # as from a PeftModel; transformers adds its adapters one by one
+            _refuse_second(model, adapter_name)
         # On a transformers model all adapters share one dict; around another tuner, each keeps its own.
         books = getattr(model, "peft_config", None)
         known = dict(books) if isinstance(books, dict) else None
@@ -114,15 +116,19 @@ class SteerModel(BaseTuner):
         check_name(adapter_name, model)
         given = self.peft_config[adapter_name]
         is_first = not any(True for _ in self._steer_layers())
-        # A copy is filled in: the caller's config can be used for another model.
+        values = dict(vars(given))
         resolved, self._targets = resolve(given, model)
         check_key(adapter_name, self._targets)
+        others = [config for name, config in self.peft_config.items() if name != adapter_name]
+        if not any(config is given for config in others):  # else they would share what is set later
+            resolved = given.filled_in(resolved)
         self.peft_config[adapter_name] = resolved
         if state_dict is not None:
             state_dict = {key.replace(".steering.steer_", ".steer_"): value for key, value in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
+            vars(given).update(values)
             self.peft_config[adapter_name] = given
             raise
         # From here on the vector is there, or NaN; a second one made from this config starts anew.
@@ -250,11 +256,11 @@ class SteerModel(BaseTuner):
                 steering.detach(module)
             forget_ranks(module)
         if not _is_tuned(self.model) and hasattr(self.model, "peft_config"):
+            # Not emptied, but replaced: a PeftModel around this one goes on with its own.
             books = self.model.peft_config
-            for name in [name for name, config in books.items() if isinstance(config, SteerConfig)]:
-                del books[name]
-            if not books:
-                del self.model.peft_config
+            del self.model.peft_config
+            if others := {name: config for name, config in books.items() if not isinstance(config, SteerConfig)}:
+                self.model.peft_config = others
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -343,6 +349,19 @@ class SteerModel(BaseTuner):
                 "The adapter was made for a model with other decoder layers."
             )
         return {model_keys[key]: value for key, value in tensors.items()}
+
+
+def _refuse_second(model: nn.Module, adapter_name: str) -> None:
+    """A tuner switches, freezes and unloads the vectors of a model, so there is one, or none with native adapters."""
+    check_name(adapter_name, model)
+    present = sorted({name for layer in steer_layers(model) for name in layer.steer_vector})
+    if present:
+        raise SteerError(
+            f"The model carries the steering vectors {present} already, expected none: a PeftModel around it would "
+            f"switch them off. Add {adapter_name!r} where they are, with add_adapter(...) or load_adapter(...), and "
+            "activate several with model.base_model.set_adapter([...]), or with model.set_adapter([...]) if they are "
+            "loaded into a transformers model."
+        )
 
 
 def _is_tuned(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from steer_adapter.decoder import Decoder, find_decoder
@@ -18,8 +18,17 @@ from .config import SteerConfig
 from .layer import SteerLayer
 
 
+# PeftModel's classes for these look for the trained head, which other methods name in `modules_to_save`.
+HEAD_TASKS = ("TOKEN_CLS", "QUESTION_ANS")
+
+
 def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[str, int]]:
     """Check everything before anything is injected; the filled-in config, and hidden size by name of target."""
+    if config.task_type in HEAD_TASKS:
+        raise ConfigError(
+            f"`task_type`: received {config.task_type!r}, for which PEFT needs a method that trains the model's head; "
+            "a steering vector is nothing but its vectors. Leave task_type out: the model runs the same without it."
+        )
     if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
         raise ModelError(
             "The model has layers offloaded to disk. PEFT would rewrite the checkpoint of the base model in place to "
@@ -89,6 +98,7 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
 
     Raises:
         AdapterNameError: with the reason.
+        ModelError: the model carries trained tokens.
     """
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots.")
@@ -102,6 +112,12 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
             raise AdapterNameError(
                 f"adapter_name: received {adapter_name!r}, but the model carries a vector of that name. Choose "
                 "another name, or take the vector off first, with delete_adapter(name) or unload()."
+            )
+        if isinstance(module, TrainableTokensWrapper):
+            raise ModelError(
+                "The model carries an adapter with `trainable_token_indices`, expected none: PEFT looks for its "
+                "tokens in the file of any other adapter, and so can't save or load a vector. Merge that adapter with "
+                "merge_and_unload() first, and put the vector on what that returns."
             )
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             raise AdapterNameError(

@@ -122,9 +122,30 @@ def test_a_newer_format_with_unknown_keys_is_an_error_not_a_warning(adapter_dir)
 
 
 def test_one_config_serves_two_models():
-    config = SteerConfig()
-    get_peft_model(make_model(), config)
-    assert config.layers_to_transform is None and config.hidden_size is None
-    again = get_peft_model(make_model("gpt2"), config)
+    config = SteerConfig(init_weights=False)
+    first = get_peft_model(make_model(), config)
+    assert first.peft_config["default"] is config and config.layers_to_transform == [0, 1, 2, 3], (
+        "as with a LoraConfig"
+    )
+    shorter = make_model("gpt2")
+    shorter.transformer.h, shorter.config.n_layer = shorter.transformer.h[:2], 2
+    again = get_peft_model(shorter, config)
+    assert again.peft_config["default"].layers_to_transform == [0, 1], "all layers of the other model too"
+    assert config.layers_to_transform == [0, 1, 2, 3], "the first model's books stay"
     with torch.no_grad():
         assert torch.isfinite(again(torch.tensor([[1, 2]])).logits).all(), "a fresh vector, not one to be loaded"
+
+
+def test_a_value_set_after_filling_in_counts():
+    config = SteerConfig(layers_to_transform=-1)
+    get_peft_model(make_model(), config)
+    assert config.layers_to_transform == [3]
+    config.layers_to_transform = 1
+    assert get_peft_model(make_model(), config).peft_config["default"].layers_to_transform == [1]
+
+
+def test_adapters_do_not_share_a_config():
+    config = SteerConfig(layers_to_transform=1)
+    model = get_peft_model(make_model(), config)
+    model.add_adapter("second", config)
+    assert model.peft_config["second"] is not config and model.peft_config["second"] == config
