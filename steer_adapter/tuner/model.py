@@ -12,14 +12,15 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from steer_adapter.errors import AdapterNameError, SteerError, VectorError
+from steer_adapter.errors import AdapterNameError, SteerError
 
 from . import folding
 from .config import SteerConfig
 from .layer import SteerLayer, steer_layers
 from .positions import forget_ranks, note_ranks
 from .request import Request, requested
-from .saved import check_tensors, checkpoint_key, match_by_layer, without_embeddings
+from .saved import checkpoint_key
+from .state_dict import vectors_to_load, vectors_to_save
 from .strength import copies_of, generation_request, set_multiplier, steering
 from .targets import check_key, check_name, decoder_of, device_of, resolve
 
@@ -306,21 +307,7 @@ class SteerModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        suffix = f".steering.steer_vector.{adapter_name}"
-        vectors = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
-        layers = [m for m in model.modules() if isinstance(m, SteerLayer) and adapter_name in m.steer_vector]
-        if len(vectors) != len(layers):
-            raise VectorError(
-                f"Adapter {adapter_name!r} has {len(layers)} steering vectors, but {len(vectors)} were found to save; "
-                "nothing was saved. Another adapter's name may be part of their keys: rename it."
-            )
-        broken = [key for key, value in vectors.items() if not value.is_meta and not torch.isfinite(value).all()]
-        if broken:
-            raise VectorError(
-                f"The steering vector of adapter {adapter_name!r} holds NaN or infinity at {broken}, expected finite "
-                "values; nothing was saved. Its weights never arrived, or training diverged."
-            )
-        return {key: value.float() for key, value in vectors.items()}
+        return vectors_to_save(model, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -330,25 +317,9 @@ class SteerModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SteerConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        layers = [m for m in model.modules() if isinstance(m, SteerLayer) and adapter_name in m.steer_vector]
-        suffix = f".steering.steer_vector.{adapter_name}"
-        model_keys = {
-            _with_prefix(cls._remove_adapter_name_from_key(key, adapter_name)): key
-            for key in model.state_dict()
-            if key.endswith(suffix)
-        }
-        source = f"adapter {adapter_name!r}"
-        state_dict = without_embeddings(state_dict, source)
-        tensors = {_with_prefix(checkpoint_key(key)): value for key, value in state_dict.items()}
-        check_tensors(tensors, layers[0].hidden_size, len(model_keys), source)
-        renamed = match_by_layer(model_keys.keys() - tensors.keys(), tensors.keys() - model_keys.keys())
-        tensors = {renamed.get(key, key): value for key, value in tensors.items()}
-        if tensors.keys() != model_keys.keys():
-            raise VectorError(
-                f"adapter {adapter_name!r}: received vectors for {sorted(tensors)}, expected {sorted(model_keys)}. "
-                "The adapter was made for a model with other decoder layers."
-            )
-        return {model_keys[key]: value for key, value in tensors.items()}
+        return vectors_to_load(
+            model, adapter_name, state_dict, lambda key: cls._remove_adapter_name_from_key(key, adapter_name)
+        )
 
 
 def _refuse_second(model: nn.Module, adapter_name: str) -> None:
@@ -366,7 +337,3 @@ def _refuse_second(model: nn.Module, adapter_name: str) -> None:
 
 def _is_tuned(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, BaseTuner))
-
-
-def _with_prefix(key: str) -> str:
-    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"

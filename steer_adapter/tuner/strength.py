@@ -42,6 +42,34 @@ def set_multiplier(model: nn.Module, value: float, adapter_name: str | None = No
                 layer.set_multiplier(name, float(value))
 
 
+def set_adapters(model: nn.Module, multipliers: Mapping[str, float]) -> None:
+    """Make these vectors the active ones, each with its own strength; other kinds of adapters stay as they are.
+
+    Args:
+        model: a [`~peft.PeftModel`], or a transformers model with natively loaded vectors.
+        multipliers: by name, e.g. `{"cheerful": 1.0, "verbose": -0.5}`; vectors that are not named rest.
+
+    Raises:
+        ConfigError: a value is not a finite number.
+        AdapterNameError: there is no vector of a name, or none is named.
+        ModelError: the model carries no steering vector.
+    """
+    layers = _layers(model)
+    if not isinstance(multipliers, Mapping) or not multipliers:
+        raise AdapterNameError(f"`multipliers`: received {multipliers!r}, expected {{name: multiplier}}.")
+    _check_names(layers, multipliers, with_library=False)
+    for name, value in multipliers.items():
+        if isinstance(_value(value, f"multipliers[{name!r}]"), torch.Tensor):
+            raise ConfigError(f"`multipliers[{name!r}]`: received {value!r}, expected a finite number.")
+    names = list(multipliers)
+    trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    owners = [module for module in model.modules() if getattr(type(module), "tuner_layer_cls", None) is SteerLayer]
+    for owner in owners or layers:
+        owner.set_adapter(names, inference_mode=not trains)
+    for name, value in multipliers.items():
+        set_multiplier(model, value, name)
+
+
 @contextmanager
 def steering(
     model: nn.Module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -52,7 +53,9 @@ def swap_vector(
     _write(model, SteerModel._remap_adapter_state_dict_for_load(model, new, adapter_name, tensors))
     for layer in layers:
         layer.set_multiplier(adapter_name, new.multiplier)
-    old.multiplier = new.multiplier
+    # A copy: the object may be the caller's.
+    model.peft_config[adapter_name] = changed = copy.copy(old)
+    changed.multiplier = new.multiplier
 
 
 def _check_same(old: SteerConfig, new: Any, adapter_name: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from conftest import hand_logits, make_model, random_vectors, set_vectors
 from peft import get_peft_model
 
-from steer_adapter import SteerConfig, set_multiplier, steering
+from steer_adapter import SteerConfig, set_adapters, set_multiplier, steering
 from steer_adapter.errors import AdapterNameError, ConfigError, ModelError
 
 
@@ -110,6 +110,28 @@ def test_values_by_name_steer_beside_what_is_active(two, input_ids):
     with steering(two, {"other": [1.0, 0.0], "default": 0.0}):
         received = logits(two, input_ids)
     assert (received - by_hand(input_ids, 1.0, 0.0, vectors=[second, second])).abs().max() <= 1e-5
+
+
+def test_several_at_once_for_good(two, input_ids, tmp_path):
+    first, second = random_vectors([1, 2]), random_vectors([0, 2], seed=2)
+    wanted = {0: -0.5 * second[0], 1: 2 * first[1], 2: 2 * first[2] - 0.5 * second[2]}
+    two.save_pretrained(tmp_path)
+    plain = make_model()
+    plain.load_adapter(tmp_path / "other", "other")
+    plain.load_adapter(tmp_path, "default")
+    for model in (two, plain):
+        set_adapters(model, {"default": 2.0, "other": -0.5})
+        assert (logits(model, input_ids) - hand_logits(make_model(), input_ids, wanted)).abs().max() <= 1e-5
+    assert two.active_adapters == plain.active_adapters() == ["default", "other"]
+    assert [p.requires_grad for n, p in two.named_parameters() if "steer_vector" in n] == [True] * 4
+    set_adapters(two, {"other": 1.0})
+    assert (logits(two, input_ids) - hand_logits(make_model(), input_ids, second)).abs().max() <= 1e-5
+    for bad, error in (({}, AdapterNameError), ({"nobody": 1.0}, AdapterNameError), ({"other": "1"}, ConfigError)):
+        with pytest.raises(error):
+            set_adapters(two, bad)
+    with pytest.raises(ConfigError, match="expected a finite number"):
+        set_adapters(two, {"other": [1.0, 2.0]})
+    assert two.active_adapters == ["other"]
 
 
 def test_a_vector_for_each_row(two, input_ids):
