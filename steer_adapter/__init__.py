@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 from steer_adapter.extras import require
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 from steer_adapter.tuner.combine import add_weighted_adapter
+from steer_adapter.tuner.library import load_library
 from steer_adapter.tuner.registration import register
-from steer_adapter.tuner.strength import set_multiplier
+from steer_adapter.tuner.strength import set_adapters, set_multiplier, steering
+from steer_adapter.tuner.swap import swap_vector
 from steer_adapter.verify import verify
 from steer_adapter.version import __version__
 
@@ -22,7 +24,11 @@ __all__ = [
     "SteerModel",
     "__version__",
     "add_weighted_adapter",
+    "load_library",
+    "set_adapters",
     "set_multiplier",
+    "steering",
+    "swap_vector",
     "verify",
 ]
 

@@ -72,7 +72,10 @@ def verify(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Verific
     layers = {name.rpartition(".")[0]: m for name, m in model.named_modules() if isinstance(m, SteerLayer)}
     if not layers:
         raise ModelError(f"{type(model).__name__} carries no steering vectors, expected at least one to verify.")
-    finite = all(torch.isfinite(v).all() for layer in layers.values() for v in layer.steer_vector.values())
+    finite = True
+    for layer in layers.values():
+        with layer.at_hand():
+            finite = finite and all(torch.isfinite(v).all() for v in layer.steer_vector.values())
     seen = _probe(model, layers, inputs or _probe_inputs(model)) if finite else {}
     return Verification(
         tuple(
@@ -87,7 +90,8 @@ def verify(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Verific
 def _arrival(
     adapter: str, name: str, layer: SteerLayer, seen: tuple[torch.Tensor, torch.Tensor] | None, finite: bool
 ) -> Arrival:
-    vector, multiplier = layer.steer_vector[adapter].detach(), layer.multipliers[adapter]
+    with layer.at_hand():
+        vector, multiplier = layer.steer_vector[adapter].detach(), layer.multipliers[adapter]
     dose = float("nan")
     if seen is not None:
         dose = float((multiplier * vector).norm() / seen[0].float().norm(dim=-1).mean())
@@ -101,6 +105,8 @@ def _arrival(
         reason = "the vector or its multiplier is zero"
     elif seen is None:
         reason = "the model did not run this layer's steering"
+    elif adapter in layer.merged_adapters:
+        reason = ""  # it was in the output already, by way of a bias, when that entered the steering
     elif torch.equal(*seen):
         reason = "the layer's output did not change; the dose may be below the precision of its dtype"
     else:
@@ -114,7 +120,8 @@ def _probe(
     """By decoder layer: the hidden states that entered its steering, and those that left the layer after all hooks."""
     entered: dict[str, torch.Tensor] = {}
     left: dict[str, torch.Tensor] = {}
-    training = model.training
+    # Module by module: the wrapper of a model in eval mode may well be in training mode.
+    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack, torch.no_grad():
         for name, steering in layers.items():
             stack.enter_context(_Hook(steering, name, entered, inputs=True))
@@ -123,7 +130,8 @@ def _probe(
         try:
             model(**inputs)
         finally:
-            model.train(training)
+            for module, mode in modes:
+                module.training = mode
     return {name: (entered[name], left[name]) for name in entered.keys() & left.keys()}
 
 
@@ -145,15 +153,22 @@ class _Hook:
 
 
 def _probe_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    if get_embeddings is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
+    embedding = _token_embedding(model)
+    if embedding is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ModelError(
             f"{type(model).__name__} takes no token ids: pass verify(model, inputs={{...}}) to run it on."
         )
-    embedding = get_embeddings().weight
-    device = "cpu" if embedding.is_meta else embedding.device
-    ids = torch.arange(1, 9, device=device)[None] % embedding.shape[0]
+    # What is offloaded is on the meta device between forwards, and its hooks move the inputs.
+    ids = torch.arange(1, 9, device="cpu" if embedding.is_meta else embedding.device)[None] % embedding.shape[0]
     inputs = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     return inputs
+
+
+def _token_embedding(model: nn.Module) -> torch.Tensor | None:
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None
+    return weight if isinstance(weight, torch.Tensor) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 
@@ -54,7 +55,7 @@ CHAT_TEMPLATE = (
 
 def make_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture][0]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[architecture][0])).eval()
     # The default initialization gives states so small that a model of four layers hardly depends on its input.
     for name, parameter in model.named_parameters():
         if "norm" not in name and "ln_" not in name:

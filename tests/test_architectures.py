@@ -10,10 +10,20 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BartConfig,
+    PreTrainedConfig,
+    T5Config,
+    T5GemmaConfig,
+    WhisperConfig,
+)
 
-from steer_adapter import SteerConfig
+from steer_adapter import SteerConfig, verify
 from steer_adapter.decoder import find_decoder
+from steer_adapter.errors import ModelError
 
 
 VOCAB, HIDDEN, LAYERS, STEERED = 96, 32, 3, 1
@@ -74,6 +84,15 @@ DECODERS: dict[str, tuple[str, dict[str, Any], str]] = {
         "model.layers",
     ),
     "mamba": ("MambaConfig", dict(IDS, hidden_size=HIDDEN, num_hidden_layers=LAYERS, state_size=4), "backbone.layers"),
+    "jamba": (
+        "JambaConfig",
+        dict(
+            GQA, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=0, num_experts=4,
+            mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+        ),
+        "model.layers",
+    ),
+    "modernbert_decoder": ("ModernBertDecoderConfig", dict(BASE, global_attn_every_n_layers=2), "model.layers"),
 }  # fmt: skip
 
 
@@ -104,8 +123,8 @@ def leaving(model: nn.Module, path: str, layer: int, **arguments: torch.Tensor) 
     return seen[-1]
 
 
-def steer(model: nn.Module, vector: torch.Tensor, layer: int = STEERED) -> PeftModel:
-    steered = get_peft_model(model, SteerConfig(layers_to_transform=layer, multiplier=-1.5))
+def steer(model: nn.Module, vector: torch.Tensor, stack: str | None = None) -> PeftModel:
+    steered = get_peft_model(model, SteerConfig(layers_to_transform=STEERED, stack=stack, multiplier=-1.5))
     (parameter,) = [p for n, p in steered.named_parameters() if ".steering." in n]
     with torch.no_grad():
         parameter.copy_(vector)
@@ -147,10 +166,11 @@ def test_decoder(name: str, vector: torch.Tensor, tmp_path) -> None:
     assert torch.equal(cached, uncached)
 
 
-def encoder_decoder(config_class: str, arguments: dict[str, Any]) -> Callable[[], nn.Module]:
+def encoder_decoder(config: PreTrainedConfig) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return AutoModelForSeq2SeqLM.from_config(getattr(transformers, config_class)(**arguments)).eval()
+        auto = AutoModelForSpeechSeq2Seq if config.model_type == "whisper" else AutoModelForSeq2SeqLM
+        return auto.from_config(config).eval()
 
     return build
 
@@ -166,25 +186,62 @@ T5 = dict(
 )  # fmt: skip
 
 
+WHISPER = dict(
+    {key: value for key, value in BART.items() if key != "max_position_embeddings"}, num_mel_bins=8,
+    max_source_positions=16, max_target_positions=32,
+)  # fmt: skip
+T5GEMMA = {key: value for key, value in HEADS.items() if key not in IDS}
+SPEECH = {"input_features": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(2))}
+
+
 @pytest.mark.parametrize(
-    ("build", "path"),
+    ("config", "given", "path"),
     [
-        (encoder_decoder("BartConfig", BART), "model.decoder.layers"),
-        (encoder_decoder("T5Config", T5), "decoder.block"),
+        (BartConfig(**BART), inputs(), "model.decoder.layers"),
+        (T5Config(**T5), inputs(), "decoder.block"),
+        (T5GemmaConfig(encoder=T5GEMMA, decoder=T5GEMMA, **IDS), inputs(), "model.decoder.layers"),
+        (WhisperConfig(**WHISPER), SPEECH, "model.decoder.layers"),
     ],
-    ids=["bart", "t5"],
+    ids=["bart", "t5", "t5gemma", "whisper"],
 )
-def test_encoder_decoder(build: Callable[[], nn.Module], path: str, vector: torch.Tensor, tmp_path) -> None:
+def test_encoder_decoder(
+    config: PreTrainedConfig, given: dict[str, torch.Tensor], path: str, vector: torch.Tensor, tmp_path
+) -> None:
+    build = encoder_decoder(config)
     model = build()
-    arguments = {**inputs(), "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 8, 9]])}
-    assert find_decoder(model).names == tuple(f"{path}.{i}" for i in range(LAYERS))
+    arguments = {**given, "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 8, 9]])}
+    decoder = find_decoder(model)
+    assert (decoder.names, decoder.hidden_size) == (tuple(f"{path}.{i}" for i in range(LAYERS)), HIDDEN)
     before = leaving(model, path, STEERED, **arguments)
     steered = steer(model, vector)
     assert torch.equal(leaving(model, path, STEERED, **arguments), before - 1.5 * vector)
+    assert verify(steered, None if given is not SPEECH else arguments)
     steered.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build(), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(**arguments).logits, steered(**arguments).logits)
     options = dict(max_new_tokens=5, do_sample=False)
-    cached, uncached = (again.generate(**inputs(), **options, use_cache=use_cache) for use_cache in (True, False))
+    cached, uncached = (again.generate(**given, **options, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [(BartConfig(**BART), "model.encoder.layers"), (T5Config(**dict(T5, num_layers=2)), "encoder.block")],
+    ids=["bart", "t5"],
+)
+def test_the_encoder_by_choice(config: PreTrainedConfig, path: str, vector: torch.Tensor, tmp_path) -> None:
+    build = encoder_decoder(config)
+    model = build()
+    arguments = {**inputs(), "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 8, 9]])}
+    before = leaving(model, path, 1, **arguments)
+    steered = steer(model, vector, stack="encoder")
+    assert torch.equal(leaving(model, path, 1, **arguments), before - 1.5 * vector)
+    steered.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path)
+    saved = again.peft_config["default"]
+    assert (saved.stack, saved.num_hidden_layers, saved.layers_to_transform) == ("encoder", 2, [1])
+    with torch.no_grad():
+        assert torch.equal(again(**arguments).logits, steered(**arguments).logits)
+    with pytest.raises(ModelError, match="num_hidden_layers=2.*num_hidden_layers=3"):
+        PeftModel.from_pretrained(encoder_decoder(T5Config(**T5))(), tmp_path)

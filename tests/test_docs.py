@@ -62,6 +62,18 @@ def test_format(tmp_path, monkeypatch):
         assert {f"base_model.model.{module}.steering.steer_vector": v for module, v in vectors.items()} == wanted
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs" / "how_to").glob("*.md")))
+def test_how_to(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(f"docs/how_to/{page}")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
+def test_peft(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("docs/peft.md")
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch):
@@ -94,6 +106,6 @@ def test_the_two_commands_are_what_ci_runs():
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

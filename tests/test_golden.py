@@ -13,7 +13,7 @@ from golden.make import INPUT, fixed_model
 from peft import PeftModel
 
 from steer_adapter.sharing.inspection import inspect_adapters
-from steer_adapter.sharing.library import load_library
+from steer_adapter.sharing.loading import load_adapters
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,7 +50,7 @@ def test_they_load_by_transformers(name):
 
 
 def test_the_library_loads():
-    model = load_library(fixed_model("llama"), str(GOLDEN / "library"))
+    model = load_adapters(fixed_model("llama"), str(GOLDEN / "library"))
     for name in ("calm", "blunt"):
         model.set_adapter(name)
         assert (logits(model) - expected(f"library/{name}")).abs().max() <= 1e-5

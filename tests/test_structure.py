@@ -16,8 +16,8 @@ ROOT = Path(steer_adapter.__file__).parent
 TESTS = Path(__file__).parent
 # Each imports only from itself and from those before it.
 ORDER = [
-    "errors", "version", "extras", "decoder", "operations", "merging", "files", "tuner", "sharing", "log_probs",
-    "verify", "data", "learn", "evaluate", "interop", "cli", "demo",
+    "errors", "version", "extras", "shapes", "decoder", "operations", "merging", "files", "tuner", "sharing",
+    "log_probs", "verify", "data", "learn", "evaluate", "interop", "cli", "demo",
 ]  # fmt: skip
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
@@ -56,10 +56,11 @@ def test_every_module_has_a_test_file(path):
     assert (TESTS / path.parent / f"test_{path.name}").exists()
 
 
-def test_importing_loads_no_extra_and_changes_no_warning_filter():
+def test_importing_loads_no_extra_and_changes_nothing_of_others():
     script = (
-        "import peft, transformers, warnings, sys; before = list(warnings.filters); import steer_adapter; "
-        "assert warnings.filters == before; "
+        "import peft, transformers, threading, warnings, sys; from peft.tuners.tuners_utils import BaseTuner; "
+        "before = list(warnings.filters), dict(vars(BaseTuner)), threading.Thread.start; import steer_adapter; "
+        "assert before == (warnings.filters, dict(vars(BaseTuner)), threading.Thread.start); "
         "loaded = {'trl', 'datasets', 'matplotlib'} & set(sys.modules); assert not loaded, loaded; "
         "from peft import PeftType; assert PeftType('STEER')"
     )

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_model, random_vectors, set_vectors
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 from steer_adapter import SteerConfig, verify
@@ -55,8 +57,11 @@ def test_what_goes_wrong_is_named(model, damage, reason):
 def test_the_model_is_left_as_it_was(model):
     hooks = [len(m._forward_hooks) for m in model.modules()]
     model.train()
+    model.get_base_model().eval()
+    modes = [m.training for m in model.modules()]
     verify(model)
-    assert model.training and [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert len(set(modes)) == 2 and [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -73,9 +78,24 @@ def test_layers_that_return_lists():
 
 
 def test_a_model_that_takes_no_token_ids():
-    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    block = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ModelError, match="takes no token ids: pass verify"):
         verify(get_peft_model(block, SteerConfig(target_modules=["0"], hidden_size=4)))
+
+
+@pytest.mark.parametrize("embeddings", [None, nn.Identity()])
+def test_a_model_without_token_embeddings(model, embeddings):
+    model.get_base_model().get_input_embeddings = lambda: embeddings
+    with pytest.raises(ModelError, match="takes no token ids: pass verify"):
+        verify(model)
+
+
+def test_a_model_offloaded_to_the_cpu():
+    model = cpu_offload(make_model(), execution_device="cpu")
+    steered = get_peft_model(model, SteerConfig(layers_to_transform=1))
+    set_vectors(steered, random_vectors([1]))
+    assert model.get_input_embeddings().weight.is_meta
+    assert verify(steered)
 
 
 def test_around_a_lora(tmp_path, model):

@@ -130,8 +130,8 @@ def _library(name: str, others: Sequence[str]) -> str:
             + ", ".join(f"`{inline(o)}`" for o in others)
             + ".",
             "`steer-adapter inspect` lists them. On a transformers model `base`:",
-            "```text\nfrom steer_adapter.sharing.library import load_library\n"
-            f"model = load_library(base, {name!r}, names={list(others[:2])!r})\n```",
+            "```text\nfrom steer_adapter.sharing.loading import load_adapters\n"
+            f"model = load_adapters(base, {name!r}, names={list(others[:2])!r})\n```",
         ]
     )
 

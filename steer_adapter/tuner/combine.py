@@ -141,6 +141,9 @@ def _combined_config(configs: list[SteerConfig], method: str) -> SteerConfig:
         raise ConfigError(f"`adapters`: their operations are {sorted(operations)}, expected the same for all.")
     if len({config.target_modules is None for config in configs}) > 1:
         raise ConfigError("`adapters`: some name layers and some target modules, expected the same for all.")
+    stacks = {config.stack for config in configs}
+    if len(stacks) > 1:
+        raise ConfigError(f"`adapters`: their stacks are {sorted(map(str, stacks))}, expected the same for all.")
     combined = copy.copy(configs[0])
     combined.format_version = None  # new, not about to be loaded
     combined.init_weights = True

@@ -22,11 +22,14 @@ from steer_adapter.files.names import same_model
 
 from .config_values import FORMAT_VERSION, check_values
 from .facts import renew_cards
-from .provenance import versions
-from .saved import check_file
+from .saved import read_vectors
 
 
 logger = logging.getLogger(__name__)
+_FILLED_IN = (
+    "layers_to_transform", "target_modules", "hidden_size", "num_hidden_layers", "model_type",
+    "base_model_name_or_path", "revision",
+)  # fmt: skip
 
 
 @dataclass
@@ -41,10 +44,18 @@ class SteerConfig(PeftConfig):
         target_modules (`str` or `list[str]`, *optional*):
             Instead of `layers_to_transform`: names of blocks (a regex, or a list of suffixes), for custom models. A
             block returns its hidden states as a tensor `[B, T, H]`, or as the first entry of a tuple.
+        stack (`str`, *optional*):
+            Which stack of layers `layers_to_transform` counts, for models with several: the path of the module that
+            holds it, as in the transformers model, e.g. `"model.vision_tower"` or `"encoder"`. `hidden_size` and
+            `num_hidden_layers` are then that stack's. Defaults to the text decoder.
         multiplier (`float`, defaults to 1.0):
             The initial strength. `set_multiplier` changes the live one, which is never saved.
         operation (`str`, defaults to `"add"`):
             What the vector does to the residual stream, a key of `steer_adapter.operations.OPERATIONS`.
+        token_scope (`str`, defaults to `"all"`):
+            The tokens to steer: `"all"`, `"prompt"` (every prompt token but the last) or `"completion"` (from the last
+            prompt token on, which predicts the first completion token). Other than `"all"`, a vector needs the lengths
+            of the prompts: from `generate` of the PeftModel, or from `steering(model, prompt_lengths=...)`.
         init_weights (`bool`, defaults to `True`):
             `True` starts a new vector at zero, `False` at random (standard normal).
         hidden_size, num_hidden_layers, model_type:
@@ -66,8 +77,12 @@ class SteerConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of blocks to steer instead, for custom models."}
     )
+    stack: str | None = field(
+        default=None, metadata={"help": "Path of the module whose layers are counted; default the text decoder."}
+    )
     multiplier: float = field(default=1.0, metadata={"help": "Initial strength."})
     operation: str = field(default="add", metadata={"help": "What the vector does to the residual stream."})
+    token_scope: str = field(default="all", metadata={"help": "Tokens to steer: all, prompt or completion."})
     init_weights: bool = field(default=True, metadata={"help": "Start at zero (True) or at random (False)."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder layers of the model."})
@@ -82,6 +97,8 @@ class SteerConfig(PeftConfig):
             raise ConfigError(shorten(str(error), 400)) from error
         self.lacks_weights_at: str | None = None
         self.saved_keys: list[str] | None = None
+        # What was given and what was filled in for a model, where they may differ.
+        self._filled: dict[str, tuple[Any, Any]] = {}
         from peft.utils import PeftType
 
         self.peft_type = PeftType("STEER")
@@ -103,13 +120,14 @@ class SteerConfig(PeftConfig):
             return config
         if config.format_version is None:
             raise ConfigError(f"{pretrained_model_name_or_path}: the adapter's config lacks `format_version`.")
-        path = _find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
+        path = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if path is None:
             # A config alone may be read, but not put on a model.
             config.lacks_weights_at = str(pretrained_model_name_or_path)
         elif config.hidden_size is not None:
             layers = config.layers_to_transform
-            config.saved_keys = check_file(path, config.hidden_size, layers if isinstance(layers, list) else None)
+            vectors = read_vectors(path, config.hidden_size, layers if isinstance(layers, list) else None)
+            config.saved_keys = list(vectors)
         return config
 
     @classmethod
@@ -132,14 +150,37 @@ class SteerConfig(PeftConfig):
         return self.format_version is not None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the version of the format; and the card, if the weights are there."""
-        saved = copy.copy(self)
-        saved.format_version = FORMAT_VERSION
-        saved.provenance = {"versions": versions(), **(self.provenance or {})}
-        check_values(saved)
-        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
+        """Write `adapter_config.json`; and the card, if the weights are there."""
+        self.provenance = {"versions": versions(), **(self.provenance or {})}
+        check_values(self)
+        super().save_pretrained(save_directory, **kwargs)
         if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             renew_cards(save_directory)
+
+    def as_given(self) -> SteerConfig:
+        """A copy with the values from before it was filled in for a model, but for those changed since."""
+        config = copy.copy(self)
+        for name, (given, filled) in self._filled.items():
+            if getattr(self, name) == filled:
+                setattr(config, name, given)
+        config._filled = {}
+        return config
+
+    def filled_in(self, resolved: SteerConfig) -> SteerConfig:
+        """The config for the books of a model: this very object with the resolved values, as with PEFT's methods.
+
+        A copy if the object is that of a file, which may be loaded again, or of a model with other values.
+        """
+        if self.is_saved or (self._filled and self != resolved):
+            return resolved
+        given = self.as_given()
+        self.__dict__.update(resolved.__dict__)
+        self._filled = {name: (getattr(given, name), getattr(self, name)) for name in _FILLED_IN}
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved, with the version of the format; so a config equals the one that its file gives."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     def resolve(self, decoder: Decoder, model_name: str | None) -> SteerConfig:
         """This config with its layers and shape filled in for a model, after checking that it fits.
@@ -155,15 +196,15 @@ class SteerConfig(PeftConfig):
         if self.is_saved:
             _check_shape(self, decoder, model_name)
             note_transfer(self.base_model_name_or_path, model_name)
-        resolved = copy.copy(self)
-        resolved.layers_to_transform = _resolve_layers(self.layers_to_transform, len(decoder))
+        resolved = self.as_given()
+        resolved.layers_to_transform = _resolve_layers(resolved.layers_to_transform, len(decoder))
         resolved.hidden_size = decoder.hidden_size
         resolved.num_hidden_layers = len(decoder)
         resolved.model_type = self.model_type if self.is_saved else decoder.model_type
         return resolved
 
 
-def _find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
+def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str | None:
     """The adapter's safetensors file, fetched if it is on the Hub; `None` if there is none, which PEFT reports."""
     folder = os.path.join(name_or_path, subfolder or "")
     if os.path.isdir(folder):

@@ -13,6 +13,7 @@ from steer_adapter.errors import ConfigError
 from steer_adapter.files.json_file import shorten
 from steer_adapter.operations import OPERATIONS
 
+from .positions import SCOPES
 from .provenance import check_provenance
 
 
@@ -38,6 +39,7 @@ def check_values(config: SteerConfig) -> None:
             f"`operation`: received {shorten(config.operation)}, expected one of {sorted(OPERATIONS)}. "
             "If it comes from a file, upgrade with: pip install -U steer-adapter"
         )
+    _check_scope(config)
     _check_size("hidden_size", config.hidden_size, MAX_HIDDEN_SIZE)
     _check_size("num_hidden_layers", config.num_hidden_layers, MAX_TARGETS)
     for name in ("base_model_name_or_path", "revision", "model_type", "peft_version"):
@@ -76,6 +78,16 @@ def _check_multiplier(multiplier: object) -> None:
         raise ConfigError(f"`multiplier`: received {shorten(multiplier)}, expected a finite number (float32).")
 
 
+def _check_scope(config: SteerConfig) -> None:
+    if config.token_scope not in SCOPES:
+        raise ConfigError(f"`token_scope`: received {shorten(config.token_scope)}, expected one of {list(SCOPES)}.")
+    if config.token_scope != "all" and config.target_modules is not None:
+        raise ConfigError(
+            f"`token_scope`: received {config.token_scope!r} with `target_modules`, expected 'all': the positions of "
+            "tokens are known to the decoder of a transformers model only. Use `layers_to_transform`."
+        )
+
+
 def _check_size(name: str, value: object, limit: int) -> None:
     if value is not None and not (_is_int(value) and 0 < value <= limit):  # type: ignore[operator]
         raise ConfigError(f"`{name}`: received {shorten(value)}, expected a positive integer up to {limit}.")
@@ -104,6 +116,13 @@ def _check_targets(config: SteerConfig) -> None:
     if layers is not None and not (_is_int(layers) or (isinstance(layers, list) and all(map(_is_int, layers)))):
         raise ConfigError(
             f"`layers_to_transform`: received {shorten(layers)}, expected an integer or a list of integers."
+        )
+    if config.stack is not None and not (isinstance(config.stack, str) and config.stack):
+        raise ConfigError(f"`stack`: received {shorten(config.stack)}, expected the path of a module, e.g. 'encoder'.")
+    if config.stack is not None and targets is not None:
+        raise ConfigError(
+            f"Received both `stack`={shorten(config.stack)} and `target_modules`={shorten(targets)}, expected one of "
+            "them."
         )
     if layers == [] or targets in ([], ""):
         raise ConfigError("Received an empty list of layers to steer, expected at least one, or None for all.")

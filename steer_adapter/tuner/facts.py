@@ -16,7 +16,7 @@ from steer_adapter.files.header import read_header
 from steer_adapter.files.json_file import read_json
 from steer_adapter.version import __version__
 
-from .saved import place_of, read_vectors, without_embeddings
+from .saved import load_tensors, place_of, without_embeddings
 
 
 _NO_PARTS = (".", "_", "checkpoint-")
@@ -33,7 +33,7 @@ def facts_of(folder: str | Path, name: str, subfolder: str | None = None) -> Fac
     folder = Path(folder)
     config = read_json(folder / CONFIG_NAME)
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    tensors = read_vectors(path, without_embeddings(read_header(path), str(path)))
+    tensors = load_tensors(path, without_embeddings(read_header(path), str(path)))
     norms = {place_of(key): float(tensor.double().norm()) for key, tensor in tensors.items()}
     residual = (config.get("provenance") or {}).get("residual_norms") or {}
     places = sorted(norms, key=lambda place: (not place.isdecimal(), int(place) if place.isdecimal() else 0, place))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +12,23 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from steer_adapter.errors import AdapterNameError, SteerError, VectorError
+from steer_adapter.errors import AdapterNameError, SteerError
 
+from . import folding
 from .config import SteerConfig
-from .layer import SteerLayer
-from .saved import check_tensors, checkpoint_key, match_by_layer, without_embeddings
-from .targets import check_key, check_name, device_of, resolve
+from .layer import SteerLayer, steer_layers
+from .positions import forget_ranks, note_ranks
+from .request import Request, requested
+from .saved import checkpoint_key
+from .state_dict import vectors_to_load, vectors_to_save
+from .strength import copies_of, generation_request, set_multiplier, steering
+from .targets import check_key, check_name, decoder_of, device_of, resolve
 
 
 class SteerModel(BaseTuner):
     """
     Steers a model with vectors added to the output of its decoder layers (CAA, arXiv 2312.06681; BiPO, arXiv
-    2406.00045). No weight of the model changes, and no module is renamed or replaced.
+    2406.00045). No weight of the model changes unless vectors are merged, and no module is renamed or replaced.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to steer, or a [`~peft.PeftModel`] around it.
@@ -55,6 +61,8 @@ class SteerModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self._targets: dict[str, int] = {}
+        if isinstance(peft_config, dict):  # as from a PeftModel; transformers adds its adapters one by one
+            _refuse_second(model, adapter_name)
         # On a transformers model all adapters share one dict; around another tuner, each keeps its own.
         books = getattr(model, "peft_config", None)
         known = dict(books) if isinstance(books, dict) else None
@@ -84,8 +92,6 @@ class SteerModel(BaseTuner):
 
     def set_multiplier(self, value: float, adapter_name: str | None = None) -> None:
         """See [`steer_adapter.set_multiplier`]."""
-        from .strength import set_multiplier
-
         set_multiplier(self, value, adapter_name)
 
     def add_weighted_adapter(
@@ -111,15 +117,19 @@ class SteerModel(BaseTuner):
         check_name(adapter_name, model)
         given = self.peft_config[adapter_name]
         is_first = not any(True for _ in self._steer_layers())
-        # A copy is filled in: the caller's config can be used for another model.
+        values = dict(vars(given))
         resolved, self._targets = resolve(given, model)
         check_key(adapter_name, self._targets)
+        others = [config for name, config in self.peft_config.items() if name != adapter_name]
+        if not any(config is given for config in others):  # else they would share what is set later
+            resolved = given.filled_in(resolved)
         self.peft_config[adapter_name] = resolved
         if state_dict is not None:
             state_dict = {key.replace(".steering.steer_", ".steer_"): value for key, value in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
+            vars(given).update(values)
             self.peft_config[adapter_name] = given
             raise
         # From here on the vector is there, or NaN; a second one made from this config starts anew.
@@ -149,6 +159,8 @@ class SteerModel(BaseTuner):
             steering = SteerLayer(self._targets[current_key])
             steering.attach(target)
         steering.update_layer(adapter_name, peft_config, device_of(target))
+        if peft_config.token_scope != "all":
+            note_ranks(self.model.get_submodule(decoder_of(current_key)))
 
     def _freeze_all_but_vectors(self, model: nn.Module) -> None:
         vectors = {id(p) for layer in self._steer_layers() for p in layer.parameters()}
@@ -156,15 +168,29 @@ class SteerModel(BaseTuner):
             if id(parameter) not in vectors:
                 parameter.requires_grad = False
 
+    ###########
+    # Running #
+    ###########
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this, PEFT would take the argument away and steer every row alike.
-        if kwargs.get("adapter_names") is not None:
+        names, copies = kwargs.get("adapter_names"), copies_of(kwargs)
+        if names is not None and self.training:
             raise SteerError(
-                f"`adapter_names`: received {kwargs['adapter_names']!r}, expected None: steering vectors can't be "
-                "chosen row by row. Run one call for each adapter."
+                "`adapter_names`: received names for a model in training mode, expected model.eval(). To train with "
+                "another vector in each row, run the model inside steering(model, adapter_names=[...])."
             )
-        yield
+        with ExitStack() as stack:
+            if names is not None:
+                stack.enter_context(steering(self, adapter_names=names))
+            if copies > 1:  # a PeftModel without task type does not generate through `generate` below
+                stack.enter_context(requested(Request(frozenset(steer_layers(self)), copies=copies)))
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model, for which prompts and beams are known."""
+        with requested(generation_request(self, args, kwargs)):
+            return self.model.generate(*args, **kwargs)
 
     ##########################################################
     # PEFT does the following to the layers of every tuner; #
@@ -184,6 +210,9 @@ class SteerModel(BaseTuner):
         Raises:
             AdapterNameError: there is no vector of a name.
         """
+        if any(layer.merged for layer in self._steer_layers()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self._check_is_vector(name)
         for layer in self._steer_layers():
@@ -218,30 +247,52 @@ class SteerModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._refuse_merge()
+            folding.merge(self.model, self.peft_config, self._to_merge(adapter_names))
+            folding.keep(self.model)
+        else:
+            self._unfold()
         for module in list(self.model.modules()):
             steering = module._modules.get("steering")
             if isinstance(steering, SteerLayer):
                 steering.detach(module)
+            forget_ranks(module)
         if not _is_tuned(self.model) and hasattr(self.model, "peft_config"):
+            # Not emptied, but replaced: a PeftModel around this one goes on with its own.
             books = self.model.peft_config
-            for name in [name for name, config in books.items() if isinstance(config, SteerConfig)]:
-                del books[name]
-            if not books:
-                del self.model.peft_config
+            del self.model.peft_config
+            if others := {name: config for name, config in books.items() if not isinstance(config, SteerConfig)}:
+                self.model.peft_config = others
         return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._refuse_merge()
+        """Fold vectors into biases of the model, where it has an exact place for them. `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names: which vectors; by default the active ones.
+            safe_merge: makes no difference: a value that is not finite is always refused.
+
+        Raises:
+            SteerError: a vector can't be folded exactly, or vectors are disabled; nothing has changed.
+        """
+        if any(layer.disable_adapters for layer in self._steer_layers()):
+            raise SteerError(
+                "merge_adapter: received a model whose vectors are disabled, expected them enabled; nothing was "
+                "changed. Leave disable_adapter(), or call enable_adapter_layers() first."
+            )
+        folding.merge(self.model, self.peft_config, self._to_merge(adapter_names))
 
     def unmerge_adapter(self) -> None:
-        """Nothing: a vector is never merged."""
+        """Restore the biases that `merge_adapter` changed, bitwise."""
+        if not any(layer.merged for layer in self._steer_layers()):
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self._unfold()
 
-    def _refuse_merge(self) -> None:
-        raise SteerError(
-            "merge: received a request to fold steering vectors into the weights, which is not supported; nothing was "
-            "changed. Keep the adapter (it adds one vector per layer), or take it off with unload()."
-        )
+    def _unfold(self) -> None:
+        for layer in self._steer_layers():
+            layer.unfold()
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return self.active_adapters if adapter_names is None else adapter_names
 
     ##############
     # Saved form #
@@ -256,21 +307,7 @@ class SteerModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        suffix = f".steering.steer_vector.{adapter_name}"
-        vectors = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
-        layers = [m for m in model.modules() if isinstance(m, SteerLayer) and adapter_name in m.steer_vector]
-        if len(vectors) != len(layers):
-            raise VectorError(
-                f"Adapter {adapter_name!r} has {len(layers)} steering vectors, but {len(vectors)} were found to save; "
-                "nothing was saved. Another adapter's name may be part of their keys: rename it."
-            )
-        broken = [key for key, value in vectors.items() if not value.is_meta and not torch.isfinite(value).all()]
-        if broken:
-            raise VectorError(
-                f"The steering vector of adapter {adapter_name!r} holds NaN or infinity at {broken}, expected finite "
-                "values; nothing was saved. Its weights never arrived, or training diverged."
-            )
-        return {key: value.float() for key, value in vectors.items()}
+        return vectors_to_save(model, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -280,32 +317,23 @@ class SteerModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SteerConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        hidden_size = next(module.hidden_size for module in model.modules() if isinstance(module, SteerLayer))
-        suffix = f".steering.steer_vector.{adapter_name}"
-        model_keys = {
-            _with_prefix(cls._remove_adapter_name_from_key(key, adapter_name)): key
-            for key in model.state_dict()
-            if key.endswith(suffix)
-        }
-        source = f"adapter {adapter_name!r}"
-        state_dict = without_embeddings(state_dict, source)
-        tensors = {_with_prefix(checkpoint_key(key)): value for key, value in state_dict.items()}
-        if len(tensors) < len(state_dict):
-            raise VectorError(f"{source}: received two vectors for the same place in {sorted(state_dict)}.")
-        check_tensors(tensors, hidden_size, len(model_keys), source)
-        renamed = match_by_layer(model_keys.keys() - tensors.keys(), tensors.keys() - model_keys.keys())
-        tensors = {renamed.get(key, key): value for key, value in tensors.items()}
-        if tensors.keys() != model_keys.keys():
-            raise VectorError(
-                f"adapter {adapter_name!r}: received vectors for {sorted(tensors)}, expected {sorted(model_keys)}. "
-                "The adapter was made for a model with other decoder layers."
-            )
-        return {model_keys[key]: value for key, value in tensors.items()}
+        return vectors_to_load(
+            model, adapter_name, state_dict, lambda key: cls._remove_adapter_name_from_key(key, adapter_name)
+        )
+
+
+def _refuse_second(model: nn.Module, adapter_name: str) -> None:
+    """A tuner switches, freezes and unloads the vectors of a model, so there is one, or none with native adapters."""
+    check_name(adapter_name, model)
+    present = sorted({name for layer in steer_layers(model) for name in layer.steer_vector})
+    if present:
+        raise SteerError(
+            f"The model carries the steering vectors {present} already, expected none: a PeftModel around it would "
+            f"switch them off. Add {adapter_name!r} where they are, with add_adapter(...) or load_adapter(...), and "
+            "activate several with model.base_model.set_adapter([...]), or with model.set_adapter([...]) if they are "
+            "loaded into a transformers model."
+        )
 
 
 def _is_tuned(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, BaseTuner))
-
-
-def _with_prefix(key: str) -> str:
-    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"

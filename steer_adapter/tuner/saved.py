@@ -69,6 +69,12 @@ def without_embeddings(tensors: Mapping[str, T], source: str) -> dict[str, T]:
     return {key: tensor for key, tensor in tensors.items() if key not in extra}
 
 
+def layer_of(key: str) -> int:
+    """The index of the decoder layer in a key, -1 without one."""
+    match = _LAYER.search(key)
+    return int(match[1]) if match else -1
+
+
 def check_described(
     described: Mapping[str, tuple[object, Iterable[int]]], hidden_size: int, count: int | None, source: str
 ) -> None:
@@ -117,11 +123,10 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], hidden_size: int, count: 
             )
 
 
-def check_file(path: str | Path, hidden_size: int, layers: list[int] | None) -> list[str]:
-    """`check_tensors` on a safetensors file, its header first, and that it holds the layers that the config names.
+def read_vectors(path: str | Path, hidden_size: int, layers: list[int] | None) -> dict[str, torch.Tensor]:
+    """The vectors of a safetensors file, by key; it must hold the layers that the config names.
 
-    Returns:
-        The keys of its vectors.
+    The header is checked before any tensor is loaded, then `check_tensors`.
 
     Raises:
         VectorError: also if the file is cut short or not safetensors at all.
@@ -129,17 +134,18 @@ def check_file(path: str | Path, hidden_size: int, layers: list[int] | None) -> 
     header = without_embeddings(read_header(path), str(path))
     described = {key: (DTYPES.get(entry.dtype, entry.dtype), entry.shape) for key, entry in header.items()}
     check_described(described, hidden_size, None if layers is None else len(layers), str(path))
-    check_tensors(read_vectors(path, header), hidden_size, None, str(path))
+    tensors = load_tensors(path, header)
+    check_tensors(tensors, hidden_size, None, str(path))
     found = sorted(int(match[1]) for key in header if (match := _LAYER.search(key)))
     if layers is not None and found != sorted(layers):
         raise VectorError(
             f"{path}: received vectors for the layers {found}, expected {sorted(layers)} as in the adapter's config. "
             "The two files don't belong together."
         )
-    return list(header)
+    return tensors
 
 
-def read_vectors(path: str | Path, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+def load_tensors(path: str | Path, keys: Iterable[str]) -> dict[str, torch.Tensor]:
     """Some tensors of a safetensors file whose header has been checked.
 
     Raises:

@@ -7,27 +7,37 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
-from steer_adapter.decoder import Decoder, find_decoder, text_config
+from steer_adapter.decoder import Decoder, find_decoder
 from steer_adapter.errors import AdapterNameError, ConfigError, ModelError
 from steer_adapter.files.names import revision_of
+from steer_adapter.shapes import shape_at
 
 from .config import SteerConfig
 from .layer import SteerLayer
 from .saved import PREFIX, check_place, checkpoint_key
 
 
+# PeftModel's classes for these look for the trained head, which other methods name in `modules_to_save`.
+HEAD_TASKS = ("TOKEN_CLS", "QUESTION_ANS")
+
+
 def resolve(config: SteerConfig, model: nn.Module) -> tuple[SteerConfig, dict[str, int]]:
     """Check everything before anything is injected; the filled-in config, and hidden size by name of target."""
+    if config.task_type in HEAD_TASKS:
+        raise ConfigError(
+            f"`task_type`: received {config.task_type!r}, for which PEFT needs a method that trains the model's head; "
+            "a steering vector is nothing but its vectors. Leave task_type out: the model runs the same without it."
+        )
     if "disk" in set((getattr(model, "hf_device_map", None) or {}).values()):
         raise ModelError(
             "The model has layers offloaded to disk. PEFT would rewrite the checkpoint of the base model in place to "
             "add an adapter, so this is refused. Load the model with device_map='cpu', or with CPU offload only."
         )
     if config.target_modules is None:
-        decoder = find_decoder(model)
+        decoder = find_decoder(model, config.stack)
         resolved = config.resolve(decoder, _name_of(model))
         names = [decoder.names[layer] for layer in resolved.layers_to_transform]  # type: ignore[union-attr]
     else:
@@ -62,8 +72,8 @@ def _resolve_names(config: SteerConfig, model: nn.Module) -> tuple[list[str], St
             f"`target_modules`: received {config.target_modules!r}, which matches no module of "
             f"{type(model).__name__}. Expected names as in model.named_modules()."
         )
-    model_config = text_config(model)
-    hidden_size = config.hidden_size or getattr(model_config, "hidden_size", None)
+    model_config, width = shape_at(model, names[0])
+    hidden_size = config.hidden_size or width
     if hidden_size is None:
         raise ConfigError(
             f"{type(model).__name__} has no config with a `hidden_size`; expected SteerConfig(hidden_size=...), the "
@@ -81,6 +91,11 @@ def _name_of(model: nn.Module) -> str | None:
     return getattr(model, "name_or_path", None) or None
 
 
+def decoder_of(layer: str) -> str:
+    """The path of the module that runs a decoder layer of this path: `model.layers.3` is run by `model`."""
+    return layer.rpartition(".")[0].rpartition(".")[0]
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of a block; the CPU if all of it is on the meta device."""
     devices = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
@@ -92,15 +107,27 @@ def check_name(adapter_name: object, model: nn.Module) -> None:
 
     Raises:
         AdapterNameError: with the reason.
+        ModelError: the model carries trained tokens.
     """
     # PEFT saves an adapter in a folder of its name.
     if not isinstance(adapter_name, str) or not adapter_name or any(c in adapter_name for c in "./\\\0"):
         raise AdapterNameError(f"adapter_name: received {adapter_name!r}, expected a name without dots and slashes.")
     for module in model.modules():
+        if isinstance(module, SteerLayer) and module.library is not None and adapter_name in module.library:
+            raise AdapterNameError(
+                f"adapter_name: received {adapter_name!r}, which is a name in the library that the model carries. "
+                "Choose another name."
+            )
         if isinstance(module, SteerLayer) and adapter_name in module.steer_vector:
             raise AdapterNameError(
                 f"adapter_name: received {adapter_name!r}, but the model carries a vector of that name. Choose "
                 "another name, or take the vector off first, with delete_adapter(name) or unload()."
+            )
+        if isinstance(module, TrainableTokensWrapper):
+            raise ModelError(
+                "The model carries an adapter with `trainable_token_indices`, expected none: PEFT looks for its "
+                "tokens in the file of any other adapter, and so can't save or load a vector. Merge that adapter with "
+                "merge_and_unload() first, and put the vector on what that returns."
             )
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             raise AdapterNameError(

@@ -121,4 +121,4 @@ def test_text_of_strangers_stays_text():
 
 def test_a_library():
     text = library_body("user/library", ["calm", "blunt"])
-    assert "`calm`, `blunt`" in text and "load_library(base, 'user/library'" in text
+    assert "`calm`, `blunt`" in text and "load_adapters(base, 'user/library'" in text

@@ -24,7 +24,7 @@ PRELUDE = f"""
 import torch, steer_adapter
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from steer_adapter.sharing.library import load_library
+from steer_adapter.sharing.loading import load_adapters
 from steer_adapter.sharing.push import push_adapters
 ids = torch.tensor({INPUT})
 base = lambda: AutoModelForCausalLM.from_pretrained("user/base").eval()
@@ -191,13 +191,13 @@ def test_a_library(owner, stranger, tmp_path):
     save_vector(tmp_path, seed=2, adapter="blunt")
     push(owner, tmp_path, "user/library")
     check(stranger, "PeftModel.from_pretrained(base(), 'user/library', subfolder='blunt')", seed=2)
-    check(stranger, "load_library(base(), 'user/library', names=['calm'])")
-    stranger.run("model = load_library(base(), 'user/library'); result = sorted(model.peft_config)")
+    check(stranger, "load_adapters(base(), 'user/library', names=['calm'])")
+    stranger.run("model = load_adapters(base(), 'user/library'); result = sorted(model.peft_config)")
     for name, seed in (("calm", 1), ("blunt", 2)):
         stranger.run(f"model.set_adapter({name!r})")
         check(stranger, "model", seed=seed)
     with pytest.raises(ClientError, match="^AdapterNameError: .*expected some of .'blunt', 'calm'"):
-        stranger.run("load_library(base(), 'user/library', names=['../calm'])")
+        stranger.run("load_adapters(base(), 'user/library', names=['../calm'])")
 
 
 def test_the_card_on_the_hub(hub, owner, stranger, tmp_path):

@@ -47,6 +47,9 @@ def test_a_layer_out_of_range_is_refused(layers):
         (dict(target_modules=[]), "empty list"),
         (dict(target_modules=[3]), "target_modules.*expected a string"),
         (dict(layers_to_transform=1, target_modules=["a"]), "both"),
+        (dict(stack="encoder", target_modules=["a"]), "both `stack`='encoder' and `target_modules`"),
+        (dict(stack=""), "`stack`: received '', expected the path of a module"),
+        (dict(stack=3), "`stack`: received 3, expected the path of a module"),
         (dict(hidden_size=-4), "hidden_size.*positive integer"),
         (dict(num_hidden_layers=0), "num_hidden_layers.*positive integer"),
         (dict(format_version=2), "format_version.*received 2.*newer"),
@@ -120,10 +123,16 @@ def test_a_newer_format_with_unknown_keys_is_an_error_not_a_warning(adapter_dir)
 
 
 def test_one_config_serves_two_models():
-    config = SteerConfig()
-    get_peft_model(make_model(), config)
-    assert config.layers_to_transform is None and config.hidden_size is None
-    again = get_peft_model(make_model("gpt2"), config)
+    config = SteerConfig(init_weights=False)
+    first = get_peft_model(make_model(), config)
+    assert first.peft_config["default"] is config and config.layers_to_transform == [0, 1, 2, 3], (
+        "as with a LoraConfig"
+    )
+    shorter = make_model("gpt2")
+    shorter.transformer.h, shorter.config.n_layer = shorter.transformer.h[:2], 2
+    again = get_peft_model(shorter, config)
+    assert again.peft_config["default"].layers_to_transform == [0, 1], "all layers of the other model too"
+    assert config.layers_to_transform == [0, 1, 2, 3], "the first model's books stay"
     with torch.no_grad():
         assert torch.isfinite(again(torch.tensor([[1, 2]])).logits).all(), "a fresh vector, not one to be loaded"
 
@@ -181,3 +190,18 @@ def test_the_revision_of_the_base_model(tmp_path):
     model = make_model()
     model.name_or_path = "/cache/hub/models--org--model/snapshots/0123abcd"
     assert get_peft_model(model, SteerConfig()).peft_config["default"].revision == "0123abcd"
+
+
+def test_a_value_set_after_filling_in_counts():
+    config = SteerConfig(layers_to_transform=-1)
+    get_peft_model(make_model(), config)
+    assert config.layers_to_transform == [3]
+    config.layers_to_transform = 1
+    assert get_peft_model(make_model(), config).peft_config["default"].layers_to_transform == [1]
+
+
+def test_adapters_do_not_share_a_config():
+    config = SteerConfig(layers_to_transform=1)
+    model = get_peft_model(make_model(), config)
+    model.add_adapter("second", config)
+    assert model.peft_config["second"] is not config and model.peft_config["second"] == config

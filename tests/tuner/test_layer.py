@@ -58,11 +58,11 @@ def test_an_output_of_another_form_is_refused():
         layer(torch.zeros(2, 3, 8))
     module = torch.nn.Linear(1, 1)
     layer.attach(module)
-    received = steer_output(module, (), [torch.zeros(1, 1, HIDDEN), "cache"])
+    received = steer_output(module, (), {}, [torch.zeros(1, 1, HIDDEN), "cache"])
     assert type(received) is list and torch.equal(received[0][0, 0], layer.steer_vector["default"])
     assert received[1] == "cache"
     with pytest.raises(ModelError, match="Linear returned dict"):
-        steer_output(module, (), {"hidden_states": torch.zeros(1, 1, HIDDEN)})
+        steer_output(module, (), {}, {"hidden_states": torch.zeros(1, 1, HIDDEN)})
 
 
 def test_a_vector_that_never_arrived_is_an_error(input_ids, tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from steer_adapter import SteerConfig
 from steer_adapter.errors import VectorError
-from steer_adapter.tuner.saved import check_file, check_place, checkpoint_key, match_by_layer, place_of
+from steer_adapter.tuner.saved import check_place, checkpoint_key, match_by_layer, place_of, read_vectors
 
 
 KEY = "base_model.model.model.layers.1.steering.steer_vector"
@@ -55,14 +55,14 @@ def test_keys_of_other_paths_are_matched_by_layer():
 def test_what_a_file_may_not_hold(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "file.safetensors")
     with pytest.raises(VectorError, match=message):
-        check_file(tmp_path / "file.safetensors", HIDDEN, [1])
+        read_vectors(tmp_path / "file.safetensors", HIDDEN, [1])
 
 
 def test_the_layers_of_the_config(tmp_path):
     save_file({KEY: torch.zeros(HIDDEN)}, tmp_path / "file.safetensors")
-    check_file(tmp_path / "file.safetensors", HIDDEN, [1])
+    read_vectors(tmp_path / "file.safetensors", HIDDEN, [1])
     with pytest.raises(VectorError, match=r"received vectors for the layers \[1\], expected \[2\]"):
-        check_file(tmp_path / "file.safetensors", HIDDEN, [2])
+        read_vectors(tmp_path / "file.safetensors", HIDDEN, [2])
 
 
 def test_vectors_that_have_no_place():
@@ -79,7 +79,7 @@ def test_vectors_that_have_no_place():
 def test_two_keys_for_one_place(tmp_path, keys):
     save_file({key: torch.zeros(HIDDEN) for key in keys}, tmp_path / "file.safetensors")
     with pytest.raises(VectorError, match="two vectors for the same place"):
-        check_file(tmp_path / "file.safetensors", HIDDEN, None)
+        read_vectors(tmp_path / "file.safetensors", HIDDEN, None)
 
 
 def test_a_large_head_is_not_loaded_by_the_check(tmp_path, monkeypatch):
@@ -87,10 +87,10 @@ def test_a_large_head_is_not_loaded_by_the_check(tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "file.safetensors")
     seen = []
     monkeypatch.setattr(
-        "steer_adapter.tuner.saved.read_vectors", lambda path, keys: seen.extend(keys) or {KEY: torch.zeros(HIDDEN)}
+        "steer_adapter.tuner.saved.load_tensors", lambda path, keys: seen.extend(keys) or {KEY: torch.zeros(HIDDEN)}
     )
     with pytest.warns(UserWarning, match="left out"):
-        assert check_file(tmp_path / "file.safetensors", HIDDEN, [1]) == [KEY] == seen
+        assert list(read_vectors(tmp_path / "file.safetensors", HIDDEN, [1])) == [KEY] == seen
 
 
 def test_places():

@@ -60,3 +60,11 @@ def test_names():
 def test_the_device_of_a_block():
     assert device_of(nn.Linear(1, 1)) == torch.device("cpu")
     assert device_of(nn.Linear(1, 1, device="meta")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_tasks_for_which_peft_wants_a_trained_head(task_type):
+    model = make_model()
+    with pytest.raises(ConfigError, match=f"`task_type`: received .*{task_type}"):
+        get_peft_model(model, SteerConfig(task_type=task_type))
+    assert not any("steering" in name for name, _ in model.named_modules()) and not hasattr(model, "peft_config")

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from steer_adapter import SteerConfig
 from steer_adapter.errors import AdapterNameError, ModelError, VectorError
-from steer_adapter.sharing.library import load_library
+from steer_adapter.sharing.loading import load_adapters
 
 
 LAYERS = {"calm": [1], "blunt": [0, 2]}
@@ -34,18 +34,18 @@ def check(model, input_ids, base=None):
 
 
 def test_all(folder, input_ids):
-    model = load_library(make_model(), str(folder))
+    model = load_adapters(make_model(), str(folder))
     assert list(model.peft_config) == ["blunt", "calm"]
     check(model, input_ids)
 
 
 def test_by_name_and_one_after_the_other(folder, input_ids):
-    model = load_library(make_model(), str(folder), names=["calm"])
+    model = load_adapters(make_model(), str(folder), names=["calm"])
     assert list(model.peft_config) == ["calm"]
-    assert load_library(model, str(folder), names=["blunt"]) is model
+    assert load_adapters(model, str(folder), names=["blunt"]) is model
     check(model, input_ids)
     with pytest.raises(AdapterNameError, match="carries a vector of that name"):
-        load_library(model, str(folder))
+        load_adapters(model, str(folder))
     assert list(model.peft_config) == ["calm", "blunt"]
 
 
@@ -55,7 +55,7 @@ def test_on_a_lora(folder, input_ids):
     tuned = get_peft_model(make_model(), lora)
     with torch.no_grad():
         plain = tuned(input_ids).logits
-    model = load_library(tuned, str(folder))
+    model = load_adapters(tuned, str(folder))
     assert list(model.peft_config) == ["blunt", "calm"]
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(input_ids).logits, plain)
@@ -70,7 +70,7 @@ def test_one_broken_and_none_is_loaded(folder):
     path.write_bytes(path.read_bytes()[:-4])
     model = make_model()
     with pytest.raises(VectorError, match="cut short"):
-        load_library(model, str(folder))
+        load_adapters(model, str(folder))
     assert untouched(model)
 
 
@@ -81,7 +81,7 @@ def test_one_misfit_and_none_is_loaded(folder):
     config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5'))
     model = make_model()
     with pytest.raises(ModelError, match="num_hidden_layers=5.*num_hidden_layers=4"):
-        load_library(model, str(folder))
+        load_adapters(model, str(folder))
     assert untouched(model)
 
 
@@ -89,5 +89,5 @@ def test_a_folder_whose_name_can_be_no_adapter(folder):
     (folder / "calm").rename(folder / "v1.5")
     model = make_model()
     with pytest.raises(AdapterNameError, match="without dots"):
-        load_library(model, str(folder))
+        load_adapters(model, str(folder))
     assert untouched(model)

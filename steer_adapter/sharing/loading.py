@@ -13,7 +13,7 @@ from steer_adapter.tuner.targets import check_key, check_name, resolve
 from .source import adapters, fetch, load_config
 
 
-def load_library(
+def load_adapters(
     model: Any,
     name: str,
     names: list[str] | None = None,
