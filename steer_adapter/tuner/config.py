@@ -22,6 +22,7 @@ from steer_adapter.files.names import same_model
 
 from .config_values import FORMAT_VERSION, check_values
 from .facts import renew_cards
+from .provenance import versions
 from .saved import read_vectors
 
 
