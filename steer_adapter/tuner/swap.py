@@ -56,6 +56,7 @@ def swap_vector(
     # A copy: the object may be the caller's.
     model.peft_config[adapter_name] = changed = copy.copy(old)
     changed.multiplier = new.multiplier
+    changed.provenance = new.provenance
 
 
 def _check_same(old: SteerConfig, new: Any, adapter_name: str) -> None:

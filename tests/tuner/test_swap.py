@@ -77,3 +77,9 @@ def test_what_does_not_fit_changes_nothing(other, input_ids, tmp_path):
     with pytest.raises(ConfigError, match="without weights beside it"):
         swap_vector(model, "default", other)
     assert torch.equal(logits(model, input_ids), before)
+
+
+def test_the_record_comes_along(other):
+    model = steered(provenance={"method": "bipo", "margins": {"1": {"margin": 2.0}}})
+    swap_vector(model, "default", other)
+    assert set(model.peft_config["default"].provenance) == {"versions"}, "what was measured of the old one is gone"
