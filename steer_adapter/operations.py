@@ -1,13 +1,14 @@
 """What a steering vector does to the residual stream: pure functions on hidden states.
 
 Shapes: `B` rows, `T` tokens, `H` the hidden size. An operation takes the hidden states `[B, T, H]`, the active vectors
-(each `[H]`, float32) and their multipliers (each a float32 scalar tensor), and returns hidden states of the same shape
+and their multipliers, float32 and broadcastable against them, and returns hidden states of the same shape
 and dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 
@@ -24,14 +25,14 @@ def add(
 
     Args:
         hidden_states: `[B, T, H]`, any floating dtype.
-        vectors: tensors of shape `[H]`, float32.
-        multipliers: scalars, float32, as many as `vectors`.
+        vectors: tensors of shape `[H]`, or `[B, 1, H]` for one per row, float32.
+        multipliers: as many, float32: scalars, `[B, 1, 1]` for one per row, `[B, T, 1]` for one per token.
 
     Returns:
         `[B, T, H]`, in the dtype of `hidden_states`.
     """
-    delta = sum(multiplier * vector.float() for vector, multiplier in zip(vectors, multipliers, strict=True))
-    return hidden_states + delta.to(hidden_states.dtype)
+    products = [multiplier * vector.float() for vector, multiplier in zip(vectors, multipliers, strict=True)]
+    return hidden_states + reduce(torch.add, products).to(hidden_states.dtype)
 
 
 # An adapter names its operation in `SteerConfig.operation`; one entry here is all that a new one needs.

@@ -38,3 +38,17 @@ def test_gradient_of_the_vector():
     vector = torch.zeros(4, requires_grad=True)
     add(torch.zeros(2, 3, 4), [vector], scalars(-1.5)).sum().backward()
     assert torch.equal(vector.grad, torch.full((4,), -1.5 * 6))
+
+
+def test_multipliers_by_row_and_by_token_against_numpy():
+    hidden, shared, own = torch.randn(2, 3, 5), torch.randn(5), torch.randn(2, 1, 5)
+    by_row, by_token = torch.randn(2, 1, 1), torch.randn(2, 3, 1)
+    received = add(hidden, [shared, own], [by_row, by_token])
+    for row in range(2):
+        for token in range(3):
+            wanted = (
+                hidden[row, token].numpy()
+                + by_row[row, 0, 0].item() * shared.numpy()
+                + by_token[row, token, 0].item() * own[row, 0].numpy()
+            )
+            assert np.abs(received[row, token].numpy() - wanted).max() <= 1e-5

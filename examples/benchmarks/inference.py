@@ -92,7 +92,8 @@ def variants_of(model: nn.Module, layer: int, vector: torch.Tensor) -> dict[str,
 @torch.no_grad()
 def prefill(model: nn.Module, batch: int) -> Callable[[], None]:
     ids = torch.randint(100, 10000, (batch, PREFILL))
-    return lambda: model(ids)
+    positions = torch.arange(PREFILL).expand(batch, PREFILL)  # repeng needs one of each row
+    return lambda: model(ids, position_ids=positions)
 
 
 @torch.no_grad()
@@ -101,8 +102,10 @@ def decode(model: nn.Module, batch: int) -> Callable[[], None]:
     ids = torch.randint(100, 10000, (batch, PREFILL))
     cache = model(ids, use_cache=True).past_key_values
 
+    positions = torch.full((batch, 1), PREFILL)
+
     def step() -> None:
-        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(ids[:, -1:], position_ids=positions, past_key_values=cache, use_cache=True)
         cache.crop(-1)
 
     return step

@@ -129,7 +129,7 @@ class SteerLayer(nn.Module, BaseTunerLayer):
     @contextmanager
     def at_hand(self) -> Iterator[None]:
         """Bring in vectors that accelerate keeps elsewhere: it would for a forward of theirs, and they have none."""
-        hooked = [module for module in (self.steer_vector, self.multipliers) if hasattr(module, "_hf_hook")]
+        hooked = [module for module in (self.steer_vector, self.multipliers) if "_hf_hook" in vars(module)]
         for module in hooked:
             module._hf_hook.pre_forward(module)
         try:

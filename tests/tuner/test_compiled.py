@@ -11,7 +11,7 @@ from conftest import HIDDEN, hand_logits, make_model, random_vectors, set_vector
 from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from steer_adapter import SteerConfig, SteerLayer, steering
+from steer_adapter import SteerConfig, SteerLayer, set_adapters, steering
 from steer_adapter.errors import ModelError, VectorError
 
 
@@ -64,6 +64,21 @@ def test_strength_adapter_and_rows_change_without_compiling_again(model, input_i
         check([2.0, 0.0], [2, 2])
     with model.disable_adapter():
         check([0.0, 0.0])
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_peft_model(model, input_ids):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for strength in (1.0, [0.5, -2.0]):
+            with steering(model, strength):
+                factors = strength if isinstance(strength, list) else [strength] * 2
+                assert (compiled(input_ids).logits - by_hand(input_ids, factors)).abs().max() <= 1e-5
+        with steering(model, adapter_names=["other", "default"]):
+            assert (compiled(input_ids).logits - by_hand(input_ids, [1.0, 1.0], [2, 1])).abs().max() <= 1e-5
+        set_adapters(model, {"other": -1.0})
+        assert (compiled(input_ids).logits - by_hand(input_ids, [-1.0, -1.0], [2, 2])).abs().max() <= 1e-5
     assert counter.frame_count == 1
 
 
