@@ -16,6 +16,15 @@ LENGTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_lay
 STREAMS = ("altup_num_inputs", "hc_mult")
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the text decoder, or `None` for a model without a transformers config."""
+    config: Any = getattr(model, "config", None)
+    # Not `get_text_config(decoder=True)`: on flat encoder-decoder configs that rewrites a copy and drops names.
+    if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
+        return config
+    return config.get_text_config()
+
+
 def shape_at(model: nn.Module, path: str) -> tuple[Any, int | None]:
     """The innermost config around the block at `path`, and the width that it gives to the block's hidden states.
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import HIDDEN, make_model
 from torch import nn
-from transformers import BartConfig, LlamaConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import BartConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from steer_adapter.shapes import lengths, shape_at, streams
+from steer_adapter.shapes import lengths, shape_at, streams, text_config
 
 
 def test_the_innermost_config():
@@ -71,3 +71,15 @@ def test_lengths(config, expected):
 def test_streams():
     assert streams(SimpleNamespace(hc_mult=4)) == {"hc_mult": 4}
     assert streams(LlamaConfig()) == {}
+
+
+def test_the_config_of_the_text_decoder():
+    flat = LlamaConfig(hidden_size=48)
+    assert text_config(nn.Linear(1, 1)) is None
+    holder = nn.Module()
+    holder.config = flat
+    assert text_config(holder) is flat
+    holder.config = LlavaConfig(text_config=flat)
+    assert text_config(holder) is holder.config.text_config
+    holder.config = BartConfig()
+    assert text_config(holder) is holder.config

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from steer_adapter.errors import ModelError
+from steer_adapter.shapes import text_config
 
 
 # Entries of configs that give projections a bias, and do nothing else as long as the biases are zero.
@@ -61,7 +62,7 @@ def find_places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
             "Folding: some decoder layers are offloaded, expected all in memory; nothing was changed. Load the model "
             "without offloading, or keep the adapter."
         )
-    config = _text_config(model)
+    config = text_config(model)
     probe = _Probe(model.get_submodule(path.rpartition(".")[0]), layers)
     for flag in (None, *(name for name in FLAGS if getattr(config, name, None) is False)):
         created = set(biases_switched_on_by(model, flag)) if flag else set()
@@ -84,13 +85,6 @@ def place_of(target: nn.Module) -> Place | None:
     if type(target) not in (nn.Linear, Conv1D) or target.bias is None or target.bias.is_meta:
         return None
     return Place(target, None, 1.0, target.bias.dtype)
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
-        return config
-    return config.get_text_config()
 
 
 def complete(model: nn.Module, flag: str) -> None:
@@ -132,7 +126,7 @@ def biases_switched_on_by(model: nn.Module, flag: str) -> dict[str, int]:
 def _changed_config(model: nn.Module, flag: str, copies: dict[int, Any]) -> Any:
     """A copy of the model's config with the flag set; `copies` holds each part of it by the id of the original."""
     changed = copy.deepcopy(model.config, copies)
-    setattr(copies[id(_text_config(model))], flag, True)
+    setattr(copies[id(text_config(model))], flag, True)
     return changed
 
 
@@ -148,7 +142,7 @@ def _candidates(
     model: nn.Module, layer_name: str, layer: nn.Module, created: set[str], flag: str | None
 ) -> list[Place]:
     """Projections of a layer that have a bias or get one, the last first."""
-    config = _text_config(model)
+    config = text_config(model)
     scale = float(getattr(config, "residual_multiplier", None) or 1.0)
     return [
         Place(projection, flag if projection.bias is None else None, scale, _bias_dtype(projection, model))
