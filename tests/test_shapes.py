@@ -74,7 +74,7 @@ def test_streams():
 
 
 def test_the_config_of_the_text_decoder():
-    flat = LlamaConfig(hidden_size=48)
+    flat = LlamaConfig(hidden_size=64)
     assert text_config(nn.Linear(1, 1)) is None
     holder = nn.Module()
     holder.config = flat
