@@ -15,7 +15,6 @@ from datasets import IterableDataset
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
-from trl import DPOTrainer
 
 from steer_adapter.data import check_pairs
 from steer_adapter.errors import ConfigError, ModelError
@@ -23,15 +22,16 @@ from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 
 from .bipo_config import BiPOConfig
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
-from .head import install as install_head
+from .forward import install
 from .mean_difference import hidden_states
+from .prefix_trainer import PrefixTrainer
 
 
 logger = logging.getLogger(__name__)
 PROBE_PAIRS = 8
 
 
-class BiPOTrainer(DPOTrainer):
+class BiPOTrainer(PrefixTrainer):
     """
     Trains steering vectors on preference pairs, in both directions at once.
 
@@ -105,9 +105,8 @@ class BiPOTrainer(DPOTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
-        install_head(
-            _innermost(self.model), ("log_probs", "log_sum_sq_probs") if self.use_weighting else ("log_probs",)
-        )
+        outputs = ("log_probs", "log_sum_sq_probs") if self.use_weighting else ("log_probs",)
+        self.pair_forward = install(_innermost(self.model), outputs)
         # The objective has no term for the balance of experts, which DPOTrainer adds by the model's own coefficient.
         if args.router_aux_loss_coef is None:
             self.aux_loss_enabled: bool = False
@@ -137,7 +136,7 @@ class BiPOTrainer(DPOTrainer):
         _check_trainable(self.model)
         if self.args.learning_rate is None:
             self.args.learning_rate = self._find_learning_rate()
-        return super().train(*args, **kwargs)
+        return self.train_above(_innermost(self.model), *args, **kwargs)
 
     def _find_learning_rate(self) -> float:
         layers = _steer_layers(self.model)
@@ -165,6 +164,8 @@ class BiPOTrainer(DPOTrainer):
         layers = list(_steer_layers(self.model).values())
         previous = [float(layer.multipliers[self.adapter_name]) for layer in layers]
         self._direction = direction
+        if self.prefix_cache is not None:
+            self.prefix_cache.exchanged = direction == -1
         try:
             for layer in layers:
                 layer.set_multiplier(self.adapter_name, direction)
