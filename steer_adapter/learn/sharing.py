@@ -65,6 +65,11 @@ class Layout:
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
+    def tree_masks(self) -> list[torch.Tensor]:
+        """The mask of each pair alone, `[n, n]`, of a shared layout of one row."""
+        mask, stops = self.attention_mask[0, 0], list(accumulate(tree.size for tree in self.trees))
+        return [mask[i:j, i:j] for i, j in zip([0, *stops[:-1]], stops, strict=True)]
+
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """Values of tree tokens `[M, H]` at their places, `[R, N, H]`; zero elsewhere."""
         padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
@@ -114,9 +119,10 @@ def plain_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: 
 
 
 def shared_layout(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, hidden_size: int
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, hidden_size: int | None = None
 ) -> Layout:
-    """Each prompt once: the arguments as for `plain_layout`, and H, by which the number of rows is chosen."""
+    """Each prompt once: the arguments as for `plain_layout`, and H, by which the number of rows is chosen; without it
+    all pairs stand in one."""
     trees = trees_of(input_ids, attention_mask)
     count = len(trees)
     starts, width = _place_trees([tree.size for tree in trees], hidden_size)
@@ -163,15 +169,17 @@ def tree_mask(pairs: torch.Tensor, branches: torch.Tensor, positions: torch.Tens
     return (pair & line & earlier)[:, None]
 
 
-def _place_trees(sizes: Sequence[int], hidden_size: int) -> tuple[list[int], int]:
+def _place_trees(sizes: Sequence[int], hidden_size: int | None) -> tuple[list[int], int]:
     """Where each tree starts, and the width of a row: all in one row, or a row for each, whichever costs less.
 
     One row has no padding, but attention grows with the square of its width. A layer multiplies each token with about
     `12·H²` weights and each pair of places with `2·H` numbers.
     """
     together, widest = sum(sizes), max(sizes)
-    one = 6 * hidden_size * together + together**2
-    many = len(sizes) * (6 * hidden_size * widest + widest**2)
+    one, many = (
+        rows * ((6 * hidden_size) * width + width**2) if hidden_size else rows
+        for rows, width in ((1, together), (len(sizes), widest))
+    )
     if one <= many:
         return [0, *accumulate(sizes[:-1])], together
     return [index * widest for index in range(len(sizes))], widest

@@ -71,10 +71,9 @@ def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
     if not isinstance(trainer.data_collator, DataCollatorForPreference):
         return
     batch = trainer.data_collator(list(islice(trainer.train_dataset, 2)))
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
     device = trainer.accelerator.device
-    reason = forward.find_out_whether_to_share(model, {name: value.to(device) for name, value in inputs.items()})
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    reason = forward.find_out_whether_to_share(model, inputs)
     if reason is None and _random(model):
         reason, forward.shares = f"{_random(model)} draws random numbers", False
     if reason is not None:

@@ -1,0 +1,136 @@
+"""Training by way of the cache against training without it, on every architecture with decoder layers in sequence."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, random_vectors, set_vectors
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from test_architectures import DECODERS, make
+from torch import nn
+
+from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
+from steer_adapter.learn.forward import random_parts
+
+
+LAYER = 1
+UNSHARED = {"bloom", "mpt", "mamba"}  # no positions to give, or no attention
+WINDOWED = {"mistral", "gemma2", "gemma3_text"}  # windows of 4 tokens
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+
+
+def pairs(count: int = 12) -> Dataset:
+    rng = np.random.default_rng(0)
+
+    def text(least: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(0, 80, int(rng.integers(least, least + 4))))
+
+    return Dataset.from_list([{k: text(n) for k, n in (("prompt", 3), ("chosen", 2), ("rejected", 1))} for _ in range(count)])
+
+
+def varied(model: nn.Module) -> nn.Module:
+    """With weights large enough for each token to matter, and no dropout that DPOTrainer leaves on."""
+    torch.manual_seed(0)
+    for name in random_parts(model):
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, 0.0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name and "conv" not in name:
+            nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def trainer(tmp_path, model: nn.Module, layers=LAYER, vectors=None, **options) -> BiPOTrainer:
+    if vectors is not None:
+        model = get_peft_model(model, SteerConfig(layers_to_transform=layers))
+        set_vectors(model, vectors)
+    arguments = dict(
+        output_dir=str(tmp_path / "out"), max_steps=4, logging_steps=1, report_to="none", disable_tqdm=True,
+        use_cpu=True, save_strategy="no", learning_rate=0.05, seed=3,
+    )  # fmt: skip
+    return BiPOTrainer(
+        model=model,
+        args=BiPOConfig(**{**arguments, **{k: v for k, v in options.items() if k not in ("train_dataset", "eval_dataset")}}),
+        train_dataset=options.get("train_dataset", pairs()),
+        eval_dataset=options.get("eval_dataset"),
+        processing_class=make_tokenizer(),
+        peft_config=SteerConfig(layers_to_transform=layers) if vectors is None else None,
+    )
+
+
+class Step:
+    """The losses and gradients of training steps, and whether frozen layers ran in them."""
+
+    def __init__(self, run: BiPOTrainer, monkeypatch, direction: int) -> None:
+        self.losses, self.gradients, self.layers_run = [], [], 0
+        monkeypatch.setattr("steer_adapter.learn.bipo.draw_direction", lambda seed, step: direction)
+        base = run.model.get_base_model()
+        attention = [n for n, _ in base.named_modules() if f".{LAYER}." in n][0].split(f".{LAYER}.")[0]
+        inner = next(base.get_submodule(f"{attention}.0").children())
+        step = run.training_step
+
+        def training_step(*args, **kwargs):
+            if run.prefix_cache is not None:
+                run.prefix_cache.ensure(args[1])
+            handle = inner.register_forward_hook(lambda *_: setattr(self, "layers_run", self.layers_run + 1))
+            loss = step(*args, **kwargs)
+            handle.remove()
+            self.losses.append(float(loss))
+            self.gradients.append(torch.cat([p.grad.clone() for p in run.model.parameters() if p.grad is not None]))
+            return loss
+
+        run.training_step = training_step
+        run.train()
+        self.vector = torch.cat([p.detach().clone() for n, p in run.model.named_parameters() if "steer_vector" in n])
+
+
+def both(tmp_path, monkeypatch, build, direction=1, steps=2, **options) -> tuple[Step, Step, BiPOTrainer]:
+    """Uncached and cached, from the same vector."""
+    vectors = {LAYER: 0.3 * random_vectors([LAYER])[LAYER]}
+    plain, fast = (
+        trainer(tmp_path, build(), vectors=vectors, max_steps=steps, prefix_cache=cached, **options)
+        for cached in (False, True)
+    )
+    monkeypatch.setattr("steer_adapter.learn.prefix_trainer.share_prompts", lambda *_: None)
+    uncached = Step(plain, monkeypatch, direction)
+    monkeypatch.undo()
+    return uncached, Step(fast, monkeypatch, direction), fast
+
+
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_the_loss_and_the_gradient_are_those_without_the_cache(name, tmp_path, monkeypatch, caplog):
+    for direction in (1, -1):
+        uncached, cached, run = both(tmp_path, monkeypatch, lambda: varied(make(name)[0]), direction)
+        assert uncached.layers_run > 0 and cached.layers_run == 0, "frozen layers ran"
+        assert abs(uncached.losses[0] - np.log(2)) > 1e-4, "a vector that does nothing would pass"
+        assert cached.losses == pytest.approx(uncached.losses, rel=1e-5)
+        for received, wanted in zip(cached.gradients, uncached.gradients, strict=True):
+            assert torch.cosine_similarity(received, wanted, dim=0) >= 0.99999
+            assert received.norm() == pytest.approx(float(wanted.norm()), rel=1e-4)
+    assert run.pair_forward.shares == (name not in UNSHARED)
+    assert run.pair_forward.layout.position_ids is None if name in UNSHARED | WINDOWED else True
+    assert "prefix cache is off" not in caplog.text
+
+
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_fifty_steps_end_at_the_same_vector(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("steer_adapter.learn.prefix_trainer.share_prompts", lambda *_: None)
+    build = lambda: varied(make(name)[0])  # noqa: E731
+    results = []
+    for cached in (False, True):
+        if cached:
+            monkeypatch.undo()
+        run = trainer(tmp_path, build(), max_steps=50, learning_rate=0.01, prefix_cache=cached)
+        run.train()
+        results.append(torch.cat([p.detach() for n, p in run.model.named_parameters() if "steer_vector" in n]))
+    assert torch.cosine_similarity(*results, dim=0) >= 0.9999 and results[0].norm() > 0.01
+
+
+def test_bfloat16(tmp_path, monkeypatch):
+    uncached, cached, _ = both(tmp_path, monkeypatch, lambda: make_model().bfloat16())
+    assert cached.layers_run == 0
+    assert cached.losses == pytest.approx(uncached.losses, rel=1e-2)
