@@ -86,14 +86,18 @@ class StateCache:
         return len(self._held.keys() | self._places.keys())
 
     def get(self, key: bytes) -> Entry | None:
-        """The entry, or None if there is none, or a damaged one (which is forgotten)."""
+        """The entry, or None if there is none, or a damaged one (whose file is forgotten)."""
         if key in self._held:
             return self._held[key]
         place = self._places.get(key)
-        entry = None if place is None else self._read(place)
-        if place is not None and entry is None:
-            logger.warning("%s: an entry is damaged; it is computed again.", place.file)
-            del self._places[key]
+        if place is None:
+            return None
+        entry = self._read(place)
+        if entry is None:
+            logger.warning("%s: it is damaged; its entries are computed again.", place.file)
+            self._places = {k: other for k, other in self._places.items() if other.file != place.file}
+            del self._files[place.file]
+            place.file.unlink(missing_ok=True)
         return entry
 
     def put(self, key: bytes, entry: Entry) -> None:

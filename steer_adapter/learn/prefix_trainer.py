@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import DPOTrainer
 
 from .forward import PairForward
 from .prefix_cache import REFERENCE_COLUMNS, Batch, PrefixCache
+from .safe_trainer import SafeTrainer
 from .shortcut import prefix_cache, share_prompts
 
 
-class PrefixTrainer(DPOTrainer):
+class PrefixTrainer(SafeTrainer):
     """
     See [`~trl.DPOTrainer`]. While `train` runs, batches go through a [`PrefixCache`] where that is exact.
 

@@ -50,17 +50,27 @@ def prefix_cache(trainer: BiPOTrainer, model: Any) -> PrefixCache | None:
     cached = PrefixCache(
         trainer.pair_forward, Prefix(layers), _open_cache(trainer, model, layers), trainer.reference_log_probs
     )
+    try:
+        if _is_exact(trainer, model, cached):
+            _fill(trainer, cached)
+            return cached
+    except BaseException:
+        cached.close()
+        raise
+    cached.close()
+    return None
+
+
+def _is_exact(trainer: BiPOTrainer, model: Any, cached: PrefixCache) -> bool:
     batch = trainer.data_collator(list(islice(trainer.train_dataset, 2)))
     batch = {name: value.to(trainer.accelerator.device) for name, value in batch.items()}
     error = cached.disagreement(batch)
-    if not error <= TOLERANCE.get(model.dtype, HALF_TOLERANCE):
-        cached.close()
+    exact = error <= TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+    if not exact:
         logger.warning(
             "The prefix cache is off: with %s the numbers are others (relative error %.1g).", type(model).__name__, error
         )
-        return None
-    _fill(trainer, cached)
-    return cached
+    return exact
 
 
 def share_prompts(trainer: BiPOTrainer, model: Any) -> None:

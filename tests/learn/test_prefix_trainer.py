@@ -8,58 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, random_vectors, set_vectors
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_architectures import DECODERS, make
-from torch import nn
+from tiny_runs import LAYER, pairs, trainer, varied
 
 from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
-from steer_adapter.learn.forward import random_parts
 
 
-LAYER = 1
 UNSHARED = {"bloom", "mpt", "mamba"}  # no positions to give, or no attention
 WINDOWED = {"mistral", "gemma2", "gemma3_text"}  # windows of 4 tokens
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-
-
-def pairs(count: int = 12) -> Dataset:
-    rng = np.random.default_rng(0)
-
-    def text(least: int) -> str:
-        return " ".join(f"w{i}" for i in rng.integers(0, 80, int(rng.integers(least, least + 4))))
-
-    return Dataset.from_list([{k: text(n) for k, n in (("prompt", 3), ("chosen", 2), ("rejected", 1))} for _ in range(count)])
-
-
-def varied(model: nn.Module) -> nn.Module:
-    """With weights large enough for each token to matter, and no dropout that DPOTrainer leaves on."""
-    torch.manual_seed(0)
-    for name in random_parts(model):
-        path, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(path), attribute, 0.0)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "norm" not in name and "conv" not in name:
-            nn.init.normal_(parameter, std=0.15)
-    return model
-
-
-def trainer(tmp_path, model: nn.Module, layers=LAYER, vectors=None, **options) -> BiPOTrainer:
-    if vectors is not None:
-        model = get_peft_model(model, SteerConfig(layers_to_transform=layers))
-        set_vectors(model, vectors)
-    arguments = dict(
-        output_dir=str(tmp_path / "out"), max_steps=4, logging_steps=1, report_to="none", disable_tqdm=True,
-        use_cpu=True, save_strategy="no", learning_rate=0.05, seed=3,
-    )  # fmt: skip
-    return BiPOTrainer(
-        model=model,
-        args=BiPOConfig(**{**arguments, **{k: v for k, v in options.items() if k not in ("train_dataset", "eval_dataset")}}),
-        train_dataset=options.get("train_dataset", pairs()),
-        eval_dataset=options.get("eval_dataset"),
-        processing_class=make_tokenizer(),
-        peft_config=SteerConfig(layers_to_transform=layers) if vectors is None else None,
-    )
 
 
 class Step:
