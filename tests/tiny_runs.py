@@ -14,6 +14,7 @@ from torch import nn
 
 from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
 from steer_adapter.learn.forward import random_parts
+from steer_adapter.tuner import SteerModel
 
 
 LAYER = 1
@@ -25,7 +26,9 @@ def pairs(count: int = 12) -> Dataset:
     def text(least: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(0, 80, int(rng.integers(least, least + 4))))
 
-    return Dataset.from_list([{k: text(n) for k, n in (("prompt", 3), ("chosen", 2), ("rejected", 1))} for _ in range(count)])
+    return Dataset.from_list(
+        [{k: text(n) for k, n in (("prompt", 3), ("chosen", 2), ("rejected", 1))} for _ in range(count)]
+    )
 
 
 def varied(model: nn.Module) -> nn.Module:
@@ -53,6 +56,7 @@ def trainer(
     if vectors is not None:
         model = get_peft_model(model, SteerConfig(layers_to_transform=layers))
         set_vectors(model, vectors)
+    carries = isinstance(getattr(model, "base_model", None), SteerModel)
     arguments = dict(
         output_dir=str(tmp_path / "out"), max_steps=4, logging_steps=1, report_to="none", disable_tqdm=True,
         use_cpu=True, save_strategy="no", learning_rate=0.05, seed=3,
@@ -63,5 +67,5 @@ def trainer(
         train_dataset=train_dataset or pairs(),
         eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
-        peft_config=SteerConfig(layers_to_transform=layers) if vectors is None else None,
+        peft_config=None if carries else SteerConfig(layers_to_transform=layers),
     )

@@ -115,8 +115,12 @@ def authors_run(arguments: argparse.Namespace, model: Any, tokenizer: Any, data:
         texts = [tokens(row, answer) for answer in ("chosen", "rejected") for row in chunk]
         width = max(len(ids) for ids, _ in texts)
         padded = [
-            (ids + [0] * (width - len(ids)), [1] * len(ids) + [0] * (width - len(ids)), l + [-100] * (width - len(l)))
-            for ids, l in texts
+            (
+                ids + [0] * (width - len(ids)),
+                [1] * len(ids) + [0] * (width - len(ids)),
+                labels + [-100] * (width - len(labels)),
+            )
+            for ids, labels in texts
         ]
         return tuple(torch.tensor(part) for part in zip(*padded, strict=True))
 
@@ -243,15 +247,12 @@ def every(arguments: argparse.Namespace) -> None:
             slowest = statistics.median(r["seconds"] for r in runs["a", "float32"])
             for (kind, dtype), results in runs.items():
                 mean = {key: statistics.median(r[key] for r in results) for key in results[0]}
-                flops = f"{mean['flops'] / 1e9:.0f} | {mean['rate'] / mean['peak_rate']:.0%}" if "flops" in mean else " | "
-                print(
-                    f"| {prompts} | {layer} | ({kind}) {dtype} | {mean['seconds']:.2f} | {slowest / mean['seconds']:.1f} "
-                    f"| {mean['tokens']:.0f} | {mean['memory']:.2f} | {flops if kind == 'c' else ' | '} "
-                    f"| {mean['cache']:.1f} |" if kind == "c" else
-                    f"| {prompts} | {layer} | ({kind}) {dtype} | {mean['seconds']:.2f} | {slowest / mean['seconds']:.1f} "
-                    f"| {mean['tokens']:.0f} | {mean['memory']:.2f} | | | |",
-                    flush=True,
-                )  # fmt: skip
+                cells = [prompts, layer, f"({kind}) {dtype}", f"{mean['seconds']:.2f}"]
+                cells += [f"{slowest / mean['seconds']:.1f}", f"{mean['tokens']:.0f}", f"{mean['memory']:.2f}"]
+                if kind == "c" and "flops" in mean:
+                    share = mean["rate"] / mean["peak_rate"]
+                    cells += [f"{mean['flops'] / 1e9:.0f}", f"{share:.0%}", f"{mean['cache']:.1f}"]
+                print("| " + " | ".join(map(str, cells)) + " |" * (11 - len(cells)), flush=True)
 
 
 def main() -> None:

@@ -119,7 +119,9 @@ class StateCache:
             return
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix="prefix-", dir=self.beside))
-        keys, batch, size = [], [], 0
+        keys: list[bytes] = []
+        batch: list[Entry] = []
+        size = 0
         for key, entry in list(self._held.items()):
             keys, batch, size = [*keys, key], [*batch, entry], size + _size(entry)
             if size >= SHARD_BYTES or key == next(reversed(self._held)):
@@ -239,7 +241,9 @@ def fingerprint(model: nn.Module, **also: Any) -> str:
     """
     config = getattr(model, "config", None)
     settings = {key: value for key, value in (config.to_dict() if config else {}).items() if not key.startswith("_")}
-    digest = hashlib.blake2b(json.dumps([FORMAT, settings, also], sort_keys=True, default=str).encode(), digest_size=12)
+    digest = hashlib.blake2b(
+        json.dumps([FORMAT, settings, also], sort_keys=True, default=str).encode(), digest_size=12
+    )
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())

@@ -66,8 +66,10 @@ def _finish(written: Path, target: Path) -> None:
 
 
 def last_complete(run_folder: Path) -> Path | None:
-    """The checkpoint of most steps that can be resumed from; those that are damaged are passed by, with a line each."""
-    numbered = [(int(m[1]), p) for p in run_folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    """The checkpoint of most steps that can be resumed from; those that are damaged are passed by."""
+    numbered = [
+        (int(m[1]), p) for p in run_folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
     for _, folder in sorted(numbered, reverse=True):
         problem = damage(folder)
         if problem is None:

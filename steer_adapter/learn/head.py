@@ -89,9 +89,7 @@ def logits_fields(
     return tuple(torch.cat(part) for part in zip(*parts, strict=True)), slope
 
 
-def run_backbone(
-    model: PreTrainedModel, backbone: nn.Module, inputs: dict[str, Any]
-) -> tuple[torch.Tensor, Head]:
+def run_backbone(model: PreTrainedModel, backbone: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:
     """The last hidden states `[R, N, H]`, and the architecture's own head for any rows `[k, H]` of them."""
     output = backbone(**inputs, use_cache=False)
 

@@ -21,7 +21,8 @@ class Prefix:
     """The decoder layers up to and including the first steered one.
 
     Args:
-        layers: the frozen ones in their order, and the steered one as the last.
+        layers: the frozen ones in their order, and the steered one as the last. Something must have been recorded
+            before anything is replayed.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
@@ -56,7 +57,7 @@ class Prefix:
         self._tokens = tokens
         try:
             with ExitStack() as stack:
-                for layer, shape in zip(self.layers[:-1], self._shapes, strict=False):
+                for layer, shape in zip(self.layers[:-1], self._shapes[:-1], strict=True):
                     stack.enter_context(replaced_forward(layer, _hand_through(shape)))
                 stack.enter_context(replaced_forward(self.layers[-1], self._recorded))
                 yield

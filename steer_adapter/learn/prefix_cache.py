@@ -1,10 +1,9 @@
-"""Training above the frozen layers alone: what enters the first steered layer, and the reference, computed once a pair."""
+"""What enters the first steered layer, and the reference, computed once for each pair and used in every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -75,7 +74,8 @@ class PrefixCache:
 
     def disagreement(self, batch: Batch) -> float:
         """The relative error of the reference log-probabilities by way of the cache; 0 would be exact."""
-        wanted = torch.cat(self.reference(batch)).double()
+        with self.prefix.recording():  # also without a pair to record: it sees what the layers return
+            wanted = torch.cat(self.reference(batch)).double()
         self.ensure(batch)
         with self.replaying():
             self.with_reference(batch)
@@ -118,7 +118,9 @@ def keys_of(batch: Batch) -> list[bytes]:
     count = len(ids) // 2
     return [
         pair_key(
-            ids[i, : lengths[i]].tolist(), ids[i + count, : lengths[i + count]].tolist(), (starts[i], starts[i + count])
+            ids[i, : lengths[i]].tolist(),
+            ids[i + count, : lengths[i + count]].tolist(),
+            (starts[i], starts[i + count]),
         )
         for i in range(count)
     ]

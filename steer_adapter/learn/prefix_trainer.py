@@ -27,6 +27,7 @@ class PrefixTrainer(SafeTrainer):
     pair_forward: PairForward | None = None
     prefix_cache: PrefixCache | None = None
     adapter_name: str
+    precompute_ref_logps: bool
 
     def train_above(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Train, by way of the cache where that is exact. `model` is the transformers model below all adapters."""

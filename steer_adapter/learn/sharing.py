@@ -4,7 +4,7 @@ A pair is a small tree: the tokens that chosen and rejected have in common, then
 batch stand in rows of their own, with positions that are repeated in the second branch and a mask in which each token
 sees its own ancestors alone. The last token of an answer predicts nothing and is left out.
 
-Shapes: `B` pairs, `T` tokens of the longest text, `M` tokens of all trees, `R` rows of `N` places, `K` predicted tokens.
+Shapes: `B` pairs, `T` tokens of the longest text, `M` tokens of all trees, `R` rows of `N` places, `K` predictions.
 """
 
 from __future__ import annotations

@@ -46,10 +46,10 @@ def prefix_cache(trainer: BiPOTrainer, model: Any) -> PrefixCache | None:
     if reason is not None:
         logger.warning("The prefix cache is off: %s.", reason)
         return None
-    layers = frozen_layers(model)
-    cached = PrefixCache(
-        trainer.pair_forward, Prefix(layers), _open_cache(trainer, model, layers), trainer.reference_log_probs
-    )
+    layers, forward = frozen_layers(model), trainer.pair_forward
+    if forward is None:  # one of the reasons
+        return None
+    cached = PrefixCache(forward, Prefix(layers), _open_cache(trainer, model, layers), trainer.reference_log_probs)
     try:
         if _is_exact(trainer, model, cached):
             _fill(trainer, cached)
@@ -68,7 +68,9 @@ def _is_exact(trainer: BiPOTrainer, model: Any, cached: PrefixCache) -> bool:
     exact = error <= TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     if not exact:
         logger.warning(
-            "The prefix cache is off: with %s the numbers are others (relative error %.1g).", type(model).__name__, error
+            "The prefix cache is off: with %s the numbers are others (relative error %.1g).",
+            type(model).__name__,
+            error,
         )
     return exact
 

@@ -56,7 +56,8 @@ def _attention(
         return nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scaling)[0]
     hidden = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     scores = torch.baddbmm(hidden.expand(len(query), -1, -1), query, key.transpose(1, 2), alpha=scaling)
-    return torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), value)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    return torch.bmm(scores.softmax(dim=-1, dtype=exact).to(value.dtype), value)
 
 
 def tree_attention(

@@ -32,10 +32,10 @@ def test_whole_or_not_there(tmp_path):
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     write(tmp_path / "checkpoint-2", 2)
-    with pytest.raises(OutputError, match=r"No space left.*resume from .*checkpoint-2"):
-        with written_beside(tmp_path, "checkpoint-4", True) as beside:
-            (beside / "checkpoint-4").mkdir(parents=True)
-            raise OSError(errno.ENOSPC, "No space left on device")
+    message = r"No space left.*resume from .*checkpoint-2"
+    with pytest.raises(OutputError, match=message), written_beside(tmp_path, "checkpoint-4", True) as beside:
+        (beside / "checkpoint-4").mkdir(parents=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"] and damage(tmp_path / "checkpoint-2") is None
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, random_vectors, set_vectors
-from peft import LoraConfig, get_peft_model
+from conftest import make_model, random_vectors
 from test_architectures import DECODERS, make
-from tiny_runs import LAYER, pairs, trainer, varied
+from tiny_runs import LAYER, trainer, varied
 
-from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
+from steer_adapter import BiPOTrainer
 
 
 UNSHARED = {"bloom", "mpt", "mamba"}  # no positions to give, or no attention
@@ -27,7 +24,7 @@ class Step:
         self.losses, self.gradients, self.layers_run = [], [], 0
         monkeypatch.setattr("steer_adapter.learn.bipo.draw_direction", lambda seed, step: direction)
         base = run.model.get_base_model()
-        attention = [n for n, _ in base.named_modules() if f".{LAYER}." in n][0].split(f".{LAYER}.")[0]
+        attention = next(n for n, _ in base.named_modules() if f".{LAYER}." in n).split(f".{LAYER}.")[0]
         inner = next(base.get_submodule(f"{attention}.0").children())
         step = run.training_step
 
