@@ -66,10 +66,11 @@ class StateCache:
             room, and after that in a temporary folder.
         memory: bytes of states to hold in memory, where no folder is given.
         beside: where the temporary folder is made.
+        keeps: whether the folder is there for later runs, too.
     """
 
-    def __init__(self, folder: Path | None, memory: int, beside: Path) -> None:
-        self.keeps, self.memory, self.beside = folder is not None, memory, beside
+    def __init__(self, folder: Path | None, memory: int, beside: Path, keeps: bool = True) -> None:
+        self.keeps, self.memory, self.beside = folder is not None and keeps, memory, beside
         self.folder = folder
         self._held: dict[bytes, Entry] = {}
         self._held_bytes = 0
@@ -106,7 +107,7 @@ class StateCache:
             return
         self._held[key] = entry
         self._held_bytes += _size(entry)
-        if self._held_bytes > (SHARD_BYTES if self.keeps or self._places else self.memory):
+        if self._held_bytes > (self.memory if self.folder is None else SHARD_BYTES):
             self.flush()
 
     def flush(self) -> None:
@@ -141,7 +142,7 @@ class StateCache:
         Raises:
             OutputError: there is not, with how much is needed.
         """
-        if not self.keeps and self._held_bytes + size <= self.memory:
+        if self.folder is None and self._held_bytes + size <= self.memory:
             return
         where = self.folder or self.beside
         free = shutil.disk_usage(where).free

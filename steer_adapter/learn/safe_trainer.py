@@ -25,12 +25,12 @@ EXPLODED = 100.0  # times the first loss of a run, or 1
 
 
 class SafeTrainer(DPOTrainer):
-    """See [`~trl.DPOTrainer`]."""
+    """See [`~trl.DPOTrainer`]. `resume_from_checkpoint` takes a folder, or True or `"last"` for the last whole one."""
 
     _largest_loss: float | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint in (True, "last"):
             found = last_complete(Path(self.args.output_dir))
             if found is None:
                 logger.warning("%s: there is no checkpoint to resume from; starting anew.", self.args.output_dir)

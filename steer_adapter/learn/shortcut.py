@@ -166,13 +166,14 @@ def _fixed_positions(model: nn.Module, longest: int | None) -> bool:
 def _open_cache(trainer: BiPOTrainer, model: Any, layers: list[nn.Module]) -> StateCache:
     args = trainer.args
     output = Path(args.output_dir)
-    folder = Path(args.prefix_cache_dir).expanduser() if args.prefix_cache_dir else None
+    # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
+    shared = output / ".prefix" if trainer.accelerator.num_processes > 1 else None
+    folder = Path(args.prefix_cache_dir).expanduser() if args.prefix_cache_dir else shared
     if folder is not None:
-        name = fingerprint(model, layer=len(layers), autocast=trainer.accelerator.mixed_precision, ld=args.ld_alpha)
-        folder = folder / name
-    elif trainer.accelerator.num_processes > 1:
-        folder = output / ".prefix"
-    cache = StateCache(folder, int(args.prefix_cache_memory * 1e9), output)
+        precision = trainer.accelerator.mixed_precision
+        folder /= fingerprint(model, layer=len(layers), autocast=precision, ld_alpha=args.ld_alpha)
+    memory = int(args.prefix_cache_memory * 1e9)
+    cache = StateCache(folder, memory, output, keeps=args.prefix_cache_dir is not None)
     output.mkdir(parents=True, exist_ok=True)
     if _meets_all(trainer):
         states = sum(_lengths(trainer.train_dataset, args.max_length))
