@@ -43,6 +43,11 @@ def test_concepts(tmp_path, monkeypatch):
     run_page("docs/concepts.md")
 
 
+def test_train_fast(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page("docs/how_to/train_fast.md")
+
+
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch):
@@ -75,6 +80,6 @@ def test_the_two_commands_are_what_ci_runs():
 
 
 def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

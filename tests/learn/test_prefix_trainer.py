@@ -71,7 +71,12 @@ def test_the_loss_and_the_gradient_are_those_without_the_cache(name, tmp_path, m
     assert "prefix cache is off" not in caplog.text
 
 
-@pytest.mark.parametrize("name", list(DECODERS))
+QUICK = ("llama", "gemma2", "gpt2", "mixtral", "mamba")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+)
 def test_fifty_steps_end_at_the_same_vector(name, tmp_path, monkeypatch):
     monkeypatch.setattr("steer_adapter.learn.prefix_trainer.share_prompts", lambda *_: None)
     build = lambda: varied(make(name)[0])  # noqa: E731
@@ -89,3 +94,40 @@ def test_bfloat16(tmp_path, monkeypatch):
     uncached, cached, _ = both(tmp_path, monkeypatch, lambda: make_model().bfloat16())
     assert cached.layers_run == 0
     assert cached.losses == pytest.approx(uncached.losses, rel=1e-2)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_the_real_model(tmp_path, monkeypatch, dtype, tolerance):
+    """Demo pairs, layer 15, a vector of a tenth of the states' norm."""
+    from steer_adapter.cli.models import load_model, load_tokenizer
+    from steer_adapter.data import as_conversations
+    from steer_adapter.demo.model import smollm2
+    from steer_adapter.demo.pairs import load
+
+    results = []
+    for cached in (False, True):
+        model = get_peft_model(load_model(str(smollm2()), dtype), SteerConfig(layers_to_transform=15))
+        (vector,) = (p for n, p in model.named_parameters() if "steer_vector" in n)
+        with torch.no_grad():
+            vector.copy_(torch.randn(len(vector), generator=torch.Generator().manual_seed(0)))
+        run = BiPOTrainer(
+            model=model,
+            args=BiPOConfig(
+                output_dir=str(tmp_path), max_steps=1, prefix_cache=cached, learning_rate=0.1, report_to="none",
+                save_strategy="no", use_cpu=True, disable_tqdm=True,
+            ),
+            train_dataset=as_conversations(load("train").select(range(8))),
+            processing_class=load_tokenizer(str(smollm2())),
+        )  # fmt: skip
+        if not cached:
+            monkeypatch.setattr("steer_adapter.learn.prefix_trainer.share_prompts", lambda *_: None)
+        results.append(Step(run, monkeypatch, -1))
+        monkeypatch.undo()
+    uncached, cached = results
+    assert cached.losses == pytest.approx(uncached.losses, rel=tolerance)
+    assert abs(uncached.losses[0] - np.log(2)) > 1e-3
+    cosine = torch.cosine_similarity(uncached.gradients[0], cached.gradients[0], dim=0)
+    assert cosine >= (0.99999 if dtype == "float32" else 0.98)
+    print(dtype, uncached.losses, cached.losses, float(cosine))
