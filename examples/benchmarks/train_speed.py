@@ -12,8 +12,8 @@ nor a busy machine favors one of them:
 
 FOLDER holds `train.csv` with the columns question, matching, not_matching, as in the authors' data/wealth-seeking.
 Long prompts are eight questions with their answers before the one that is asked. FLOPs are those of the matrix
-products that (c) can't do without: forward and gradient of the layers above, for each token of a pair once, and of the
-vocabulary projection of completion tokens. Memory is the peak while training, after loading.
+products that (c) can't do without: forward and gradient of the layers above, for each token of a pair once (of the
+last feed-forward part: for the tokens that predict), and of the vocabulary projection of completion tokens. Memory is the peak while training, after loading.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def needed_flops(model: torch.nn.Module, layout: Any, layer: int) -> float:
     seen = int(sum(mask.sum() for mask in layout.tree_masks()))
     width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
     attention = len(above) * 3 * 2 * 2 * seen * width
-    return 4 * weights * tokens + 4 * config.vocab_size * config.hidden_size * predicted + attention
+    last = sum(m.weight.numel() for m in above[-1].mlp.modules() if isinstance(m, torch.nn.Linear)) if above else 0
+    spared = last * (tokens - len(layout.sources.unique()))
+    return 4 * (weights * tokens - spared + config.vocab_size * config.hidden_size * predicted) + attention
 
 
 def authors_run(arguments: argparse.Namespace, model: Any, tokenizer: Any, data: list[dict[str, Any]]) -> dict:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from steer_adapter.decoder import text_config
+from steer_adapter.decoder import find_decoder, text_config
 from steer_adapter.errors import ModelError
 
-from .head import STATISTICS, Head, completion_fields, find_backbone, run_backbone
+from .head import STATISTICS, Head, completion_fields, find_backbone, replaced_forward, run_backbone
 from .prefix import Prefix
 from .sharing import Layout, plain_layout, shared_layout
 from .tree_attention import NotServed, TreeMasks, attending_within_trees
@@ -34,6 +36,7 @@ class PairForward:
     Attributes:
         prefix: the frozen part of the model, recorded or replayed while the trainer asks for it; or None.
         shares: whether prompts are computed once for both answers.
+        narrows: whether the last layer's feed-forward part runs at the tokens that predict alone.
         by_pair: whether attention runs for each pair by itself, see [`tree_attention`].
         layout: of the last batch.
     """
@@ -42,8 +45,9 @@ class PairForward:
         self.backbone = backbone
         self.hidden_size: int = text_config(model).hidden_size
         self.window = shortest_window(model)
+        self.last_feed_forward = feed_forward_of_last(model)
         self.prefix: Prefix | None = None
-        self.shares = self.by_pair = False
+        self.shares = self.by_pair = self.narrows = False
         self.layout: Layout | None = None
 
     def __call__(
@@ -71,10 +75,13 @@ class PairForward:
         return FusedCausalLMOutput(loss=None, aux_loss=None, **placed)
 
     def _run(self, model: PreTrainedModel, inputs: dict[str, Any], layout: Layout) -> tuple[torch.Tensor, Head]:
-        if not self.by_pair or layout.position_ids is None:
-            return run_backbone(model, self.backbone, inputs)
-        masks = TreeMasks(layout.tree_masks())
-        with attending_within_trees(text_config(model)):
+        with ExitStack() as stack:
+            if self.narrows:
+                stack.enter_context(running_at(self.last_feed_forward, layout.sources))
+            if not self.by_pair or layout.position_ids is None:
+                return run_backbone(model, self.backbone, inputs)
+            masks = TreeMasks(layout.tree_masks())
+            stack.enter_context(attending_within_trees(text_config(model)))
             result = run_backbone(model, self.backbone, {**inputs, "tree_masks": masks})
         self.by_pair = masks.used
         return result
@@ -86,39 +93,81 @@ class PairForward:
         return plain_layout(input_ids, attention_mask, labels)
 
     @torch.no_grad()
-    def find_out_whether_to_share(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> str | None:
-        """Share prompts if `model` gives the same numbers on a batch that way; otherwise the reason why not.
+    def find_out_what_is_exact(
+        self, model: PreTrainedModel, batch: dict[str, torch.Tensor], runs_again: bool = False
+    ) -> str | None:
+        """Try every shortcut on a batch, and keep those that give the same numbers.
 
         Args:
             batch: `input_ids`, `attention_mask`, each `[2B, T]`; only what fits into the model's window is looked at.
+            runs_again: whether layers run again in the backward pass (gradient checkpointing), when shortcuts within
+                layers are no longer there.
+
+        Returns:
+            why prompts are not shared, or None if they are.
         """
-        self.shares = self.by_pair = False
+        self.shares = self.by_pair = self.narrows = False
         batch = {name: value[:, : int(min(self.window, value.shape[1]))] for name, value in batch.items()}
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, : batch["labels"].shape[1] // 2] = -100
         wanted = model(**batch, fused_lm_head=True).log_probs
+        if self.last_feed_forward is not None and not runs_again:
+            self._keep_if_exact(model, batch, wanted, "narrows")
         reason = cannot_share(model)
-        if reason is None and not self._agrees(model, batch, wanted, by_pair=False):
+        if reason is None and not self._keep_if_exact(model, batch, wanted, "shares"):
             reason = f"with {type(model).__name__} the numbers are others"
         # On a GPU, one kernel with a mask beats many small ones.
-        if reason is None and model.device.type == "cpu":
-            self._agrees(model, batch, wanted, by_pair=True)
+        if reason is None and model.device.type == "cpu" and not runs_again:
+            self._keep_if_exact(model, batch, wanted, "by_pair")
         return reason
 
-    def _agrees(
-        self, model: PreTrainedModel, batch: dict[str, torch.Tensor], wanted: torch.Tensor, by_pair: bool
+    def _keep_if_exact(
+        self, model: PreTrainedModel, batch: dict[str, torch.Tensor], wanted: torch.Tensor, shortcut: str
     ) -> bool:
-        """Try prompts shared, and leave it so if the log-probabilities are those `wanted`."""
-        before = self.shares, self.by_pair
-        self.shares, self.by_pair = True, by_pair
+        """Switch a shortcut on, and leave it on if the log-probabilities are those `wanted`."""
+        setattr(self, shortcut, True)
         try:
             received = model(**batch, fused_lm_head=True).log_probs
             error = (received - wanted).abs().max() / wanted.abs().max()
-            agrees = bool(error <= TOLERANCE.get(model.dtype, 3e-2))
+            exact = bool(error <= TOLERANCE.get(model.dtype, 3e-2))
         except (NotServed, TypeError):
-            agrees = False
-        if not agrees:
-            self.shares, self.by_pair = before
-        return agrees
+            exact = False
+        if not exact:
+            setattr(self, shortcut, False)
+        return exact
+
+
+def feed_forward_of_last(model: PreTrainedModel) -> nn.Module | None:
+    """The part of the last decoder layer that goes by the usual name, if there is one."""
+    try:
+        last = model.get_submodule(find_decoder(model).names[-1])
+    except ModelError:
+        return None
+    part = getattr(last, "mlp", None)
+    return part if isinstance(part, nn.Module) else None
+
+
+@contextmanager
+def running_at(module: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Let a module that treats each token by itself, `[R, N, H]` in and out, run at some places; zeros elsewhere.
+
+    Raises:
+        NotServed: inside, if it is called or answers in another way.
+    """
+    own = module.forward
+
+    def run(states: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not isinstance(states, torch.Tensor) or states.ndim != 3:
+            raise NotServed(type(module).__name__)
+        some = places.unique().to(states.device)
+        result = own(states.flatten(0, 1)[some][None])
+        if not isinstance(result, torch.Tensor) or result.shape[1] != len(some):
+            raise NotServed(type(module).__name__)
+        whole = result.new_zeros(states.shape[0] * states.shape[1], result.shape[-1])
+        return whole.index_copy(0, some, result[0]).view(*states.shape[:2], -1)
+
+    with replaced_forward(module, run):
+        yield
 
 
 def install(model: PreTrainedModel, outputs: tuple[str, ...]) -> PairForward | None:

@@ -76,7 +76,8 @@ def _is_exact(trainer: BiPOTrainer, model: Any, cached: PrefixCache) -> bool:
 
 
 def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
-    """Let prompts be computed once for both answers where that is exact; a line says why if it is not."""
+    """Let prompts be computed once for both answers, and take other shortcuts, where that is exact; a line says why
+    if prompts are not shared."""
     forward = trainer.pair_forward
     if forward is None or not isinstance(trainer.train_dataset, Dataset):
         return
@@ -85,9 +86,12 @@ def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
     batch = trainer.data_collator(list(islice(trainer.train_dataset, 2)))
     device = trainer.accelerator.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    reason = forward.find_out_whether_to_share(model, inputs)
-    if reason is None and _random(model):
-        reason, forward.shares = f"{_random(model)} draws random numbers", False
+    args = trainer.args
+    runs_again = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
+    if _random(model):
+        reason: str | None = f"{_random(model)} draws random numbers"
+    else:
+        reason = forward.find_out_what_is_exact(model, inputs, runs_again)
     if reason is not None:
         logger.warning("Chosen and rejected don't share their prompt: %s.", reason)
     elif forward.window < (trainer.args.max_length or float("inf")):

@@ -13,11 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from steer_adapter.learn.forward import additive, cannot_share, install, random_parts, shortest_window
+from steer_adapter.decoder import find_decoder
+from steer_adapter.learn.forward import additive, cannot_share, install, random_parts, running_at, shortest_window
+from steer_adapter.learn.tree_attention import NotServed
 
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 OWN_ATTENTION = {"gptj", "gpt_neo", "falcon", "stablelm", "gemma2"}  # not through the interface, or more than a mask
+TAKES_MORE = {"bloom", "mpt"}  # the feed-forward part gets the residual too
 ALONE = {"bloom", "mpt", "mamba"}
 
 
@@ -44,11 +47,16 @@ def test_the_fields_are_those_of_trl(name, attention):
     wanted = model(**batch(), use_cache=False, fused_lm_head=True)
     forward = install(model, OUTPUTS)
     texts = {key: value for key, value in batch().items() if key != "labels"}
-    reason = forward.find_out_whether_to_share(model, texts)
+    reason = forward.find_out_what_is_exact(model, texts)
     assert (reason is None) == forward.shares == (name not in ALONE)
     assert forward.by_pair == (name not in ALONE | OWN_ATTENTION)
+    assert forward.narrows == (
+        hasattr(model.get_submodule(find_decoder(model).names[-1]), "mlp") and name not in TAKES_MORE
+    )
+    narrows = forward.narrows
     for shares, by_pair in {(False, False), (forward.shares, False), (forward.shares, forward.by_pair)}:
-        forward.shares, forward.by_pair, forward.window = shares, by_pair, 100 if shortest_window(model) > 8 else 4
+        forward.shares, forward.by_pair, forward.narrows = shares, by_pair, narrows
+        forward.window = 100 if shortest_window(model) > 8 else 4
         received = model(**batch(), use_cache=False, fused_lm_head=True)
         for field in OUTPUTS:
             assert torch.allclose(
@@ -80,7 +88,7 @@ def test_a_model_whose_numbers_are_others_does_not_share():
     add_fused_lm_head(model, outputs=OUTPUTS)
     forward = install(model, OUTPUTS)
     texts = {key: value for key, value in batch().items() if key != "labels"}
-    assert "numbers are others" in forward.find_out_whether_to_share(model, texts)
+    assert "numbers are others" in forward.find_out_what_is_exact(model, texts)
     assert not forward.shares and not forward.by_pair
 
 
@@ -105,3 +113,19 @@ def test_random_parts():
 def test_an_additive_mask():
     mask = additive(torch.tensor([[True, False]]), torch.bfloat16)
     assert mask.dtype == torch.bfloat16 and mask.tolist() == [[0.0, torch.finfo(torch.bfloat16).min]]
+
+
+def test_a_module_that_runs_at_some_places():
+    seen = []
+    module = nn.Linear(4, 4, bias=False)
+    module.register_forward_hook(lambda *_: None)
+    own = module.forward
+    module.forward = lambda states: seen.append(states.shape) or own(states)
+    states = torch.randn(2, 3, 4)
+    with running_at(module, torch.tensor([5, 1, 1])):
+        received = module(states)
+    wanted = torch.zeros(6, 4)
+    wanted[[1, 5]] = own(states).flatten(0, 1)[[1, 5]].detach()
+    assert seen == [(1, 2, 4)] and torch.allclose(received.flatten(0, 1), wanted)
+    with pytest.raises(NotServed), running_at(module, torch.tensor([1])):
+        module(states, 3)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, random_vectors
+from peft import get_peft_model
 from test_architectures import DECODERS, make
 from tiny_runs import LAYER, trainer, varied
 
-from steer_adapter import BiPOTrainer
+from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
 
 
 UNSHARED = {"bloom", "mpt", "mamba"}  # no positions to give, or no attention
@@ -94,6 +95,16 @@ def test_bfloat16(tmp_path, monkeypatch):
     uncached, cached, _ = both(tmp_path, monkeypatch, lambda: make_model().bfloat16())
     assert cached.layers_run == 0
     assert cached.losses == pytest.approx(uncached.losses, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_gradient_checkpointing(name, tmp_path, monkeypatch):
+    """Layers run again in the backward pass, from the recorded states."""
+    options = dict(direction=-1, activation_checkpointing=True)
+    uncached, cached, _ = both(tmp_path, monkeypatch, lambda: varied(make(name)[0]), **options)
+    assert cached.layers_run == 0 and cached.losses == pytest.approx(uncached.losses, rel=1e-5)
+    for received, wanted in zip(cached.gradients, uncached.gradients, strict=True):
+        assert torch.cosine_similarity(received, wanted, dim=0) >= 0.99999
 
 
 @pytest.mark.real_model
