@@ -13,7 +13,8 @@ nor a busy machine favors one of them:
 FOLDER holds `train.csv` with the columns question, matching, not_matching, as in the authors' data/wealth-seeking.
 Long prompts are eight questions with their answers before the one that is asked. FLOPs are those of the matrix
 products that (c) can't do without: forward and gradient of the layers above, for each token of a pair once (of the
-last feed-forward part: for the tokens that predict), and of the vocabulary projection of completion tokens. Memory is the peak while training, after loading.
+last feed-forward part: for the tokens that predict), and of the vocabulary projection of completion tokens. Memory is
+the peak while training, after loading.
 """
 
 from __future__ import annotations
