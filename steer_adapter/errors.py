@@ -27,6 +27,10 @@ class DataError(SteerError):
     """Preference pairs that can't be trained on."""
 
 
+class DivergenceError(SteerError):
+    """Training went astray: a loss or a gradient that is not finite, or a loss that exploded."""
+
+
 class OutputError(SteerError):
     """A result can't be written where it was asked for."""
 

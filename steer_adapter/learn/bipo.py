@@ -14,21 +14,28 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import set_seed
-from trl import DPOTrainer
 
 from steer_adapter.data import check_pairs
-from steer_adapter.errors import ConfigError, ModelError
+from steer_adapter.errors import ConfigError
 from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.sharing.push import push_adapters
-from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
+from steer_adapter.tuner import SteerConfig
 
 from .bipo_config import BiPOConfig
+from .carriers import (
+    check_trainable,
+    copy_vectors,
+    innermost,
+    innermost_base,
+    steer_layers,
+    the_active_vector,
+    with_vector,
+)
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
-from .head import install as install_head
+from .forward import install
 from .mean_difference import hidden_states
+from .prefix_trainer import PrefixTrainer
 from .provenance import begin_record, finish_record, start_record
 
 
@@ -36,7 +43,7 @@ logger = logging.getLogger(__name__)
 PROBE_PAIRS = 8
 
 
-class BiPOTrainer(DPOTrainer):
+class BiPOTrainer(PrefixTrainer):
     """
     Trains steering vectors on preference pairs, in both directions at once.
 
@@ -98,9 +105,9 @@ class BiPOTrainer(DPOTrainer):
             check_pairs(dataset, name)
         self.provenance = start_record(train_dataset, eval_dataset, args.seed)
         self._direction = 1
-        model, peft_config = _with_vector(model, peft_config, args.seed)
-        vectors = {} if isinstance(model, str) else _copy_vectors(model)
-        with _innermost_base(model):
+        model, peft_config = with_vector(model, peft_config, args.seed)
+        vectors = {} if isinstance(model, str) else copy_vectors(model)
+        with innermost_base(model):
             super().__init__(
                 model=model,
                 # Any value but None keeps DPOTrainer from making a second adapter; `ref_model` below ignores it.
@@ -111,14 +118,13 @@ class BiPOTrainer(DPOTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
-        install_head(
-            _innermost(self.model), ("log_probs", "log_sum_sq_probs") if self.use_weighting else ("log_probs",)
-        )
+        outputs = ("log_probs", "log_sum_sq_probs") if self.use_weighting else ("log_probs",)
+        self.pair_forward = install(innermost(self.model), outputs)
         # The objective has no term for the balance of experts, which DPOTrainer adds by the model's own coefficient.
         if args.router_aux_loss_coef is None:
             self.aux_loss_enabled: bool = False
         self._restore_float32(vectors)
-        self.adapter_name = _the_active_vector(self.model)
+        self.adapter_name = the_active_vector(self.model)
 
     @property
     def ref_model(self) -> None:
@@ -140,23 +146,28 @@ class BiPOTrainer(DPOTrainer):
     ############
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        _check_trainable(self.model)
+        check_trainable(self.model)
+        norms = self._state_norms()
+        self._mean_norms = {name: float(values.mean()) for name, values in norms.items()}
         if self.args.learning_rate is None:
-            self.args.learning_rate = self._find_learning_rate()
+            self.args.learning_rate = self._find_learning_rate(norms)
         begin_record(self)
-        return super().train(*args, **kwargs)
+        return self.train_above(innermost(self.model), *args, **kwargs)
 
-    def _find_learning_rate(self) -> float:
-        layers = _steer_layers(self.model)
+    def _state_norms(self) -> dict[str, torch.Tensor]:
+        """Norms of the states that enter the steering of each layer, at the tokens of a few pairs."""
         batch = self.data_collator(list(islice(self.train_dataset, PROBE_PAIRS)))
         with torch.no_grad(), self.model.disable_adapter():
-            states = hidden_states(self.model, batch, layers)
+            states = hidden_states(self.model, batch, steer_layers(self.model))
         mask = batch["attention_mask"].bool()
-        norms = torch.cat([state[mask.to(state.device)].float().norm(dim=-1).cpu() for state in states.values()])
+        return {name: state[mask.to(state.device)].float().norm(dim=-1).cpu() for name, state in states.items()}
+
+    def _find_learning_rate(self, norms: dict[str, torch.Tensor]) -> float:
+        median = float(torch.cat(list(norms.values())).median())
         steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        hidden_size = next(iter(layers.values())).hidden_size
-        rate = auto_learning_rate(float(norms.median()), hidden_size, steps)
-        logger.info("Learning rate %.3g: median |h| %.4g, %d steps.", rate, float(norms.median()), steps)
+        hidden_size = next(iter(steer_layers(self.model).values())).hidden_size
+        rate = auto_learning_rate(median, hidden_size, steps)
+        logger.info("Learning rate %.3g: median |h| %.4g, %d steps.", rate, median, steps)
         return rate
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -169,9 +180,11 @@ class BiPOTrainer(DPOTrainer):
 
     @contextmanager
     def _steered(self, direction: int) -> Iterator[None]:
-        layers = list(_steer_layers(self.model).values())
+        layers = list(steer_layers(self.model).values())
         previous = [float(layer.multipliers[self.adapter_name]) for layer in layers]
         self._direction = direction
+        if self.prefix_cache is not None:
+            self.prefix_cache.exchanged = direction == -1
         try:
             for layer in layers:
                 layer.set_multiplier(self.adapter_name, direction)
@@ -198,10 +211,10 @@ class BiPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            norms = [
-                layer.steer_vector[self.adapter_name].detach().norm() for layer in _steer_layers(self.model).values()
-            ]
-            logs["vector_norm"] = float(torch.stack(norms).mean())
+            layers = steer_layers(self.model)
+            norms = {n: float(layer.steer_vector[self.adapter_name].detach().norm()) for n, layer in layers.items()}
+            logs["vector_norm"] = sum(norms.values()) / len(norms)
+            logs["dose"] = sum(norm / self._mean_norms[name] for name, norm in norms.items()) / len(norms)
         super().log(logs, start_time)
 
     ##############
@@ -282,77 +295,3 @@ def _named(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
     for name, dataset in datasets.items():
         if dataset is not None and not isinstance(dataset, IterableDataset):
             yield name, dataset
-
-
-def _with_vector(model: Any, peft_config: Any, seed: int) -> tuple[Any, SteerConfig | None]:
-    if peft_config is not None and not isinstance(peft_config, SteerConfig):
-        raise ConfigError(f"`peft_config`: received {type(peft_config).__name__}, expected a SteerConfig.")
-    if isinstance(model, str):
-        if peft_config is None:
-            raise ConfigError("`peft_config`: received None, expected a SteerConfig that says which layers to steer.")
-        return model, peft_config
-    if peft_config is not None:
-        set_seed(seed)
-        model = get_peft_model(model, peft_config)
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, SteerModel):
-        raise ModelError(
-            f"`model`: received {type(model).__name__} without a steering vector. Pass "
-            "peft_config=SteerConfig(layers_to_transform=...), or a PeftModel made with one."
-        )
-    _the_active_vector(model)
-    return model, None
-
-
-def _the_active_vector(model: PeftModel) -> str:
-    active = model.active_adapters
-    if len(active) != 1 or active[0] == "ref":
-        raise ModelError(
-            f"`model`: received the active steering adapters {active}, expected exactly one, not named 'ref' (TRL's "
-            "name for a reference). Activate the one to train with model.set_adapter(name)."
-        )
-    return active[0]
-
-
-def _steer_layers(model: nn.Module) -> dict[str, SteerLayer]:
-    """Steered layers of the active vector, by path."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SteerLayer) and any(adapter in module.steer_vector for adapter in module.active_adapters)
-    }
-
-
-def _copy_vectors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if ".steering.steer_vector." in n}
-
-
-def _check_trainable(model: nn.Module) -> None:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    others = [name for name in trainable if ".steering.steer_vector." not in name]
-    if others or not trainable:
-        raise ModelError(
-            f"Expected the steering vector, and nothing else, to be trainable; received {others[:3] or 'nothing'}. "
-            "Load the adapter with is_trainable=True, and freeze other adapters."
-        )
-    narrow = {name: p.dtype for name, p in trainable.items() if p.dtype != torch.float32}
-    if narrow:
-        raise ModelError(f"Steering vectors must be float32 to train, received {narrow}.")
-
-
-@contextmanager
-def _innermost_base(model: Any) -> Iterator[None]:
-    """While DPOTrainer patches the base model's forward, let it find the transformers model below all adapters."""
-    if isinstance(model, str):
-        yield
-        return
-    innermost = _innermost(model)
-    model.get_base_model = lambda: innermost
-    try:
-        yield
-    finally:
-        del model.get_base_model
-
-
-def _innermost(model: PeftModel) -> Any:
-    base = model.get_base_model()
-    return _innermost(base) if isinstance(base, PeftModel) else base

@@ -31,6 +31,14 @@ class BiPOConfig(DPOConfig):
             Off unless asked for: the gradient of one vector needs few activations, so it only costs a second forward.
         bf16 (`bool`, defaults to `False`):
             No autocast: the model runs in the dtype it was loaded in, the vector is float32 in any case.
+        prefix_cache (`bool`, defaults to `True`):
+            Compute what lies below the first steered layer, and the reference, once for each pair, wherever that is
+            exact; otherwise a line says why not.
+        prefix_cache_dir (`str`, *optional*):
+            A folder to keep it in, for other runs with the same model and layer. By default it is gone when training
+            ends.
+        prefix_cache_memory (`float`, defaults to 4):
+            Gigabytes of it to hold in memory where no folder is given; what is more goes to files in `output_dir`.
     """
 
     learning_rate: float | None = field(
@@ -45,6 +53,15 @@ class BiPOConfig(DPOConfig):
         metadata={"help": "Recompute activations in backward; deprecated alias of activation_checkpointing."},
     )
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bfloat16."})
+    prefix_cache: bool = field(
+        default=True, metadata={"help": "Compute what is frozen once for each pair, where that is exact."}
+    )
+    prefix_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps what is computed once, for other runs."}
+    )
+    prefix_cache_memory: float = field(
+        default=4.0, metadata={"help": "Gigabytes of it to hold in memory before files are used."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

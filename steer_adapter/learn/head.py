@@ -1,77 +1,138 @@
-"""A faster language model head for DPOTrainer, where the vocabulary projection is frozen.
+"""The language model head on completion tokens alone, where the vocabulary projection is frozen.
 
 DPOTrainer asks the model for log-probabilities and a few statistics of the completion tokens. Its own head is made to
 train the projection too, and takes more than half of a step when a single vector trains. This one gives the same
-numbers from the model's own logits, so that soft-capping and scaling stay the architecture's business.
+numbers from the model's own logits, so that soft-capping and scaling stay the architecture's business. Logits are
+made a chunk at a time and the gradient of each token's log-probability along with them, so none are kept.
 """
 
 from __future__ import annotations
 
-import functools
-import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
-
-from steer_adapter.log_probs import columns_from, first_prediction, takes_logits_to_keep, token_log_probs
 
 
-def install(model: PreTrainedModel, outputs: tuple[str, ...]) -> None:
-    """Put the head in the place of TRL's, on a model that TRL has patched; leave models alone that it can't serve.
-
-    Those include models that accelerate has spread over devices, whose forward is not that of their class.
-    """
-    if not takes_logits_to_keep(model) or set(outputs) - set(_STATISTICS) or hasattr(model, "_hf_hook"):
-        return
-    forward = type(model).forward
-
-    @functools.wraps(forward)
-    def run(
-        self: PreTrainedModel,
-        *args: Any,
-        fused_lm_head: bool = False,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not fused_lm_head or labels is None:
-            labels_argument = {} if labels is None else {"labels": labels}
-            return forward(self, *args, **labels_argument, **kwargs)
-        targets = labels[:, 1:]
-        first = first_prediction(targets != -100)
-        result = forward(self, *args, logits_to_keep=columns_from(first, labels), **kwargs)
-        fields = completion_fields(result.logits[:, :-1], targets, first)
-        return FusedCausalLMOutput(loss=None, aux_loss=getattr(result, "aux_loss", None), **fields)
-
-    model.forward = types.MethodType(run, model)  # a method, so that a copy of the model runs itself
+Head = Callable[[torch.Tensor], torch.Tensor]
+STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
+CHUNK = 512  # tokens whose logits are held at once
+BLOCK_BYTES = 4 * 2**20  # of them, what is worked on at once: it stays in a CPU's cache
 
 
-def completion_fields(logits: torch.Tensor, targets: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
-    """Log-probability, entropy, mean logit and correctness of each predicted token, 0 elsewhere.
+def completion_fields(head: Head, states: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Log-probability, entropy, mean logit and correctness of each predicted token.
 
     Args:
-        logits: `[B, T − first, V]`, those that predict `targets[:, first:]`.
-        targets: `[B, T]`, −100 where nothing is predicted.
-        first: columns of `targets` that have no logits.
+        head: gives logits `[k, V]` for states `[k, H]`.
+        states: `[K, H]`, the last hidden states of the tokens that predict.
+        targets: `[K]`, the tokens predicted.
 
     Returns:
-        by name, `[B, T]` each: float32, and boolean for `is_top1`. Gradients flow through `log_probs` alone.
+        by name, `[K]` each: float32, and boolean for `is_top1`. Gradients flow through `log_probs` alone.
     """
-    mask = targets != -100
-    picked, wanted = logits[mask[:, first:]].float(), targets[mask]
-    values = {"log_probs": token_log_probs(picked, wanted)}
-    with torch.no_grad():
-        log_normalizer = picked.logsumexp(dim=-1)
-        probabilities = torch.exp(picked - log_normalizer[:, None])
-        values["entropy"] = log_normalizer - (probabilities * picked).sum(dim=-1)
-        values["mean_logits"] = picked.mean(dim=-1)
-        values["is_top1"] = picked.argmax(dim=-1) == wanted
-    return {name: _scatter(value, mask) for name, value in values.items()}
+    return dict(zip(STATISTICS, _Fields.apply(states, targets, head), strict=True))
 
 
-def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+class _Fields(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, ...]:
+        wanted = ctx.needs_input_grad[0]
+        fields, gradients = [], []
+        for chunk, target in zip(states.detach().split(CHUNK), targets.split(CHUNK), strict=True):
+            with torch.set_grad_enabled(wanted):
+                chunk.requires_grad_(wanted)
+                logits = head(chunk)
+            values, slope = logits_fields(logits.detach(), target, wanted)
+            fields.append(values)
+            if wanted:
+                gradients += torch.autograd.grad(logits, chunk, slope)
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        log_probs, *others = (torch.cat(parts) for parts in zip(*fields, strict=True))
+        ctx.mark_non_differentiable(*others)
+        return log_probs, *others
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        (slope,) = ctx.saved_tensors
+        return (gradients[0][:, None] * slope).to(slope.dtype), None, None
 
 
-_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
+def logits_fields(
+    logits: torch.Tensor, targets: torch.Tensor, with_slope: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """The statistics of logits `[K, V]`, `[K]` each, and d log p(target) / d logits, `[K, V]`, if asked for."""
+    slope = torch.empty_like(logits) if with_slope else None
+    rows = max(1, BLOCK_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for start in range(0, len(logits), rows):
+        block, target = logits[start : start + rows].float(), targets[start : start + rows, None]
+        largest, best = block.max(dim=1, keepdim=True)
+        probabilities = (block - largest).exp_()
+        total = probabilities.sum(dim=1, keepdim=True)
+        probabilities /= total
+        log_normalizer = largest + total.log()
+        values = (
+            block.gather(1, target) - log_normalizer,
+            log_normalizer - torch.linalg.vecdot(probabilities, block)[:, None],
+            block.mean(dim=1, keepdim=True),
+            best == target,
+        )
+        parts.append([value[:, 0] for value in values])
+        if slope is not None:
+            probabilities.neg_().scatter_add_(1, target, torch.ones_like(largest))
+            slope[start : start + rows] = probabilities
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True)), slope
+
+
+def run_backbone(model: PreTrainedModel, backbone: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:
+    """The last hidden states `[R, N, H]`, and the architecture's own head for any rows `[k, H]` of them."""
+    output = backbone(**inputs, use_cache=False)
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        handed = type(output)(**{**output, "last_hidden_state": states[None]})
+        with replaced_forward(backbone, lambda *args, **kwargs: handed):
+            return type(model).forward(model, input_ids=_placeholder(model, len(states))).logits[0]
+
+    return output.last_hidden_state, head
+
+
+def find_backbone(model: PreTrainedModel) -> nn.Module | None:
+    """The module whose output the model's own forward hands to its head; None if it calls none of the known ones."""
+
+    def reached(*args: Any, **kwargs: Any) -> None:
+        raise _Reached
+
+    for backbone in (model.base_model, model.get_decoder()):
+        if isinstance(backbone, nn.Module) and backbone is not model:
+            with suppress(_Reached), replaced_forward(backbone, reached), torch.no_grad():
+                type(model).forward(model, input_ids=_placeholder(model, 1))
+                continue
+            return backbone
+    return None
+
+
+class _Reached(Exception):
+    """Raised in the place of a backbone's forward, to see that it is called."""
+
+
+def _placeholder(model: PreTrainedModel, length: int) -> torch.Tensor:
+    return torch.zeros(1, length, dtype=torch.long, device=model.device)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module's forward, replaced on the instance for a while."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own

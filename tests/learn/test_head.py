@@ -1,27 +1,24 @@
-"""Our head against TRL's, which is the reference for everything that DPOTrainer computes and logs."""
+"""The head against TRL's, which is the reference for everything that DPOTrainer computes and logs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, HIDDEN, make_model
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
-from trl.trainer.utils import add_fused_lm_head
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, OPTConfig
 
-from steer_adapter.learn.head import completion_fields, install
+from steer_adapter.learn import head as module
+from steer_adapter.learn.head import completion_fields, find_backbone, logits_fields, replaced_forward, run_backbone
 
 
-OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
+COMMON = dict(vocab_size=96, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4)
 SCALED = {
     "gemma2": Gemma2Config(
-        vocab_size=96, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0,
+        **COMMON, intermediate_size=48, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0
     ),
-    "granite": GraniteConfig(
-        vocab_size=96, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, logits_scaling=3.0,
-    ),
-}  # fmt: skip
+    "granite": GraniteConfig(**COMMON, intermediate_size=48, num_key_value_heads=2, logits_scaling=3.0),
+    "opt": OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=16),
+}
 
 
 def model_of(name: str) -> torch.nn.Module:
@@ -32,48 +29,47 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *SCALED])
-def test_the_fields_and_the_gradient_are_those_of_trl(name):
-    ids = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(torch.arange(9)[None] < torch.tensor([[4], [5], [3], [6]]), -100)
-    labels[1, 7:] = -100
-    results = []
-    for ours in (False, True):
-        model = model_of(name)
-        add_fused_lm_head(model, outputs=OUTPUTS)
-        if ours:
-            theirs = model.forward
-            install(model, OUTPUTS)
-            assert model.forward is not theirs
-        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-        output = model(inputs_embeds=embeddings, labels=labels, fused_lm_head=True)
-        output.log_probs.sum().backward()
-        results.append((output, embeddings.grad))
-    (wanted, wanted_grad), (received, grad) = results
-    for field in OUTPUTS:
-        assert torch.allclose(getattr(received, field).float(), getattr(wanted, field).float(), atol=1e-4), field
-    assert torch.allclose(grad, wanted_grad, atol=1e-4) and grad.abs().max() > 0
+def test_the_head_is_the_architectures_own(name):
+    model, ids = model_of(name), torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    backbone = find_backbone(model)
+    with torch.no_grad():
+        states, head = run_backbone(model, backbone, {"input_ids": ids})
+        assert torch.allclose(head(states.flatten(0, 1)), model(ids).logits.flatten(0, 1), atol=1e-5)
+    assert "forward" not in backbone.__dict__
 
 
-def test_without_the_flag_the_forward_is_the_models_own():
-    model, ids = make_model(), torch.tensor([[5, 6, 7]])
-    wanted = model(ids, labels=ids)
-    add_fused_lm_head(model, outputs=OUTPUTS)
-    install(model, OUTPUTS)
-    received = model(ids, labels=ids)
-    assert torch.equal(received.logits, wanted.logits) and torch.equal(received.loss, wanted.loss)
-    assert torch.equal(model.generate(ids, max_new_tokens=3), make_model().generate(ids, max_new_tokens=3))
+def test_fields_and_gradient_written_out(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+    torch.manual_seed(0)
+    weight, targets = torch.randn(11, 4, dtype=torch.float64), torch.tensor([3, 0, 10, 3, 5])
+    states = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    fields = completion_fields(lambda h: 2 * torch.tanh(h @ weight.T), states, targets)
+    logits = 2 * torch.tanh(states @ weight.T)
+    logs = logits.log_softmax(-1)
+    wanted = {
+        "log_probs": logs[range(5), targets],
+        "entropy": -(logs.exp() * logs).sum(-1),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == targets,
+    }
+    for name, value in wanted.items():
+        assert torch.allclose(fields[name].double(), value.double(), atol=1e-5), name
+    weights = torch.tensor([1.0, -2, 0.5, 3, 1])
+    (fields["log_probs"] * weights).sum().backward()
+    received, states.grad = states.grad, None
+    (logs[range(5), targets] * weights).sum().backward()
+    assert torch.allclose(received, states.grad, atol=1e-5)
+    assert not fields["entropy"].requires_grad and not fields["is_top1"].requires_grad
 
 
-def test_a_statistic_that_it_does_not_have_stays_with_trl():
+def test_no_slope_unless_asked_for():
+    assert logits_fields(torch.randn(3, 7), torch.tensor([1, 2, 3]), with_slope=False)[1] is None
+
+
+def test_a_forward_is_put_back_after_an_error():
     model = make_model()
-    add_fused_lm_head(model, outputs=("log_probs", "log_sum_sq_probs"))
-    theirs = model.forward
-    install(model, ("log_probs", "log_sum_sq_probs"))
-    assert model.forward is theirs
-
-
-def test_no_gradient_through_the_statistics():
-    logits = torch.randn(1, 2, 7, requires_grad=True)
-    fields = completion_fields(logits, torch.tensor([[-100, -100, 3, 4]]), first=2)
-    assert fields["log_probs"].shape == (1, 4) and fields["log_probs"][0, :2].tolist() == [0.0, 0.0]
-    assert fields["log_probs"].requires_grad and not fields["entropy"].requires_grad
+    with pytest.raises(KeyError), replaced_forward(model.model, lambda: None):
+        assert "forward" in model.model.__dict__
+        raise KeyError
+    assert "forward" not in model.model.__dict__

@@ -1,0 +1,86 @@
+"""The frozen part of a model below the first steered layer: recorded once, and handed through while the rest trains.
+
+Embeddings, masks, positions and routers stay the model's own business: it runs its own forward, in which the frozen
+layers pass their input on and the steered layer returns the recorded states. Its hook then adds the vector as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .head import replaced_forward
+from .sharing import Layout
+
+
+class Prefix:
+    """The decoder layers up to and including the first steered one.
+
+    Args:
+        layers: the frozen ones in their order, and the steered one as the last. Something must have been recorded
+            before anything is replayed.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self._shapes: list[int | None] = []  # what each layer returns: a tuple of that length, or a tensor
+        self._tokens: Callable[[Layout], torch.Tensor] | None = None
+        self._states: torch.Tensor | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[torch.Tensor]]:
+        """Collect the states `[R, N, H]` that enter the steering, of each forward inside."""
+        seen: list[torch.Tensor] = []
+        self._shapes = [None] * len(self.layers)
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+
+                def look(_: nn.Module, args: Any, output: Any, index: int = index) -> None:
+                    self._shapes[index] = len(output) if isinstance(output, (tuple, list)) else None
+
+                stack.callback(layer.register_forward_hook(look).remove)
+            steering = self.layers[-1].steering
+            hook = steering.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+            stack.callback(hook.remove)
+            yield seen
+
+    @contextmanager
+    def replaying(self, tokens: Callable[[Layout], torch.Tensor]) -> Iterator[None]:
+        """Run only what lies above, inside. `tokens` gives the states `[M, H]` for a layout.
+
+        Held through the backward pass too: gradient checkpointing runs layers again in there.
+        """
+        self._tokens = tokens
+        try:
+            with ExitStack() as stack:
+                for layer, shape in zip(self.layers[:-1], self._shapes[:-1], strict=True):
+                    stack.enter_context(replaced_forward(layer, _hand_through(shape)))
+                stack.enter_context(replaced_forward(self.layers[-1], self._recorded))
+                yield
+        finally:
+            self._tokens = self._states = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the layers are replaced just now."""
+        return self._tokens is not None
+
+    def prepare(self, layout: Layout) -> None:
+        """Get the states of the batch that is about to run."""
+        if self._tokens is not None:
+            self._states = layout.spread(self._tokens(layout))
+
+    def _recorded(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _in_shape(self._states, self._shapes[-1])
+
+
+def _hand_through(shape: int | None) -> Callable[..., Any]:
+    return lambda hidden_states, *args, **kwargs: _in_shape(hidden_states, shape)
+
+
+def _in_shape(states: Any, shape: int | None) -> Any:
+    return states if shape is None else (states, *(None for _ in range(shape - 1)))
