@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+from steer_adapter.tuner.layer import steer_layers
+from steer_adapter.tuner.strength import steering
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
@@ -42,6 +46,19 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def known_prompts(model: nn.Module, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Tell vectors that steer the prompt or the completion only where the prompts of a batch end.
+
+    Args:
+        model: carries vectors, or none.
+        batch: `attention_mask` and `completion_mask`, each `[2B, T]`.
+    """
+    if not any(layer.is_scoped for layer in steer_layers(model)):
+        return nullcontext()
+    lengths = batch["attention_mask"].sum(dim=1) - batch["completion_mask"].sum(dim=1)
+    return steering(model, prompt_lengths=lengths.clamp(min=1))
+
+
 @torch.no_grad()
 def completion_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Sum of the log-probabilities of the completion tokens of each row, float32 on the CPU, `[2B]`.
@@ -50,14 +67,16 @@ def completion_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> torch.Te
         model: a causal language model.
         batch: `input_ids`, `attention_mask` and `completion_mask`, each `[2B, T]`.
     """
-    device = next(model.parameters()).device
+    # Under CPU offload parameters are on the meta device between forwards.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     ids, mask = batch["input_ids"].to(device), batch["completion_mask"][:, 1:].to(device).bool()
     inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"].to(device)}
     first = first_prediction(mask)
-    if takes_logits_to_keep(model):
-        logits = model(**inputs, logits_to_keep=columns_from(first, ids)).logits
-    else:
-        logits = model(**inputs).logits[:, first:]
+    with known_prompts(model, batch):
+        if takes_logits_to_keep(model):
+            logits = model(**inputs, logits_to_keep=columns_from(first, ids)).logits
+        else:
+            logits = model(**inputs).logits[:, first:]
     mask, targets = mask[:, first:], ids[:, first + 1 :]
     log_probs = token_log_probs(logits[:, :-1][mask], targets[mask])
     rows = mask.nonzero()[:, 0]

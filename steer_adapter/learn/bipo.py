@@ -19,6 +19,7 @@ from torch import nn
 from steer_adapter.data import check_pairs
 from steer_adapter.errors import ConfigError
 from steer_adapter.files.card_file import kept_if_edited
+from steer_adapter.log_probs import known_prompts
 from steer_adapter.sharing.push import push_adapters
 from steer_adapter.tuner import SteerConfig
 
@@ -199,7 +200,8 @@ class BiPOTrainer(PrefixTrainer):
         collected, self._metrics[mode] = self._metrics[mode], defaultdict(list)
         try:
             inputs = exchange(inputs) if self._direction == -1 else inputs
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            with known_prompts(self.model, inputs):
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             measured, self._metrics[mode] = self._metrics[mode], collected
         for key, values in (exchange_metrics(measured) if self._direction == -1 else measured).items():

@@ -17,6 +17,7 @@ from steer_adapter.decoder import find_decoder
 from steer_adapter.errors import ModelError
 from steer_adapter.shapes import text_config
 from steer_adapter.tuner import SteerLayer
+from steer_adapter.tuner.layer import steer_layers
 
 from .cache import StateCache, fingerprint
 from .forward import random_parts
@@ -89,8 +90,10 @@ def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     args = trainer.args
     runs_again = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
-    if _random(model):
-        reason: str | None = f"{_random(model)} draws random numbers"
+    if any(layer.is_scoped for layer in steer_layers(model)):
+        reason: str | None = "a vector does not act on all tokens"
+    elif _random(model):
+        reason = f"{_random(model)} draws random numbers"
     else:
         reason = forward.find_out_what_is_exact(model, inputs, runs_again)
     if reason is not None:

@@ -107,6 +107,32 @@ def written_out_loss(batch, vectors, d, beta=0.1, model=None):
     return float(np.mean(np.log1p(np.exp(-z)))), chosen, rejected
 
 
+@pytest.mark.parametrize("scope", ["prompt", "completion"])
+@pytest.mark.parametrize("d", [1, -1])
+def test_a_vector_that_acts_on_some_tokens_only(tmp_path, scope, d, caplog):
+    vectors = {k: 0.3 * v for k, v in random_vectors(LAYERS).items()}
+    model = get_peft_model(make_model(), SteerConfig(layers_to_transform=LAYERS, token_scope=scope))
+    set_vectors(model, vectors)
+    run = trainer(tmp_path, model)
+    batch = next(iter(run.get_train_dataloader()))
+    sums = []
+    for row in range(len(batch["input_ids"])):
+        one = {key: value[row : row + 1] for key, value in batch.items() if key.endswith(("mask", "ids"))}
+        prompt = int(one["attention_mask"].sum() - one["completion_mask"].sum())
+        acts = torch.arange(int(one["attention_mask"].sum())) >= prompt - 1
+        acts = (acts if scope == "completion" else ~acts).float()[None, :, None]
+        steered = sequence_log_probs(one, {layer: d * vector * acts for layer, vector in vectors.items()})
+        sums.append(float((steered - sequence_log_probs(one, {}))[0]))
+    chosen, rejected = np.split(np.array(sums), 2)
+    with run._steered(d):
+        loss = run.compute_loss(run.model, batch).item()
+    wanted = float(np.mean(np.log1p(np.exp(-0.1 * d * (chosen - rejected)))))
+    assert abs(wanted - np.log(2)) > 1e-4 and loss == pytest.approx(wanted, rel=1e-5)
+    run.train()
+    assert "The prefix cache is off: the vector does not act on all tokens" in caplog.text
+    assert "don't share their prompt: a vector does not act on all tokens" in caplog.text
+
+
 @pytest.mark.parametrize("d", [1, -1])
 @pytest.mark.parametrize("conversational", [False, True])
 def test_the_loss_equals_written_out_arithmetic(tmp_path, d, conversational):
