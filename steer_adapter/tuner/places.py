@@ -80,8 +80,8 @@ def find_places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
 
 
 def place_of(target: nn.Module) -> Place | None:
-    """The place of a steered module that is itself a linear layer with a bias, or `None`."""
-    if type(target) not in (nn.Linear, Conv1D) or target.bias is None or target.bias.is_meta:
+    """The place of a steered module that is itself a linear layer or a layer norm with a bias, or `None`."""
+    if type(target) not in (nn.Linear, Conv1D, nn.LayerNorm) or target.bias is None or target.bias.is_meta:
         return None
     return Place(target, None, 1.0, target.bias.dtype)
 

@@ -80,11 +80,22 @@ class Request:
             return values
         if len(values) * self.copies == rows:
             return values.repeat_interleave(self.copies, dim=0)
+        self.check_names(rows)
         raise ModelError(
             f"steering: received values for {len(values)} rows, but the model runs {rows}; expected one for each row "
             "of the batch (with beams, or several sequences a prompt, on a plain transformers model: one for each of "
             "those; packed sequences and continuous batching have no rows of their own)."
         )
+
+    def check_names(self, rows: int) -> None:
+        """Raises a ModelError if the model runs another number of rows than there are names."""
+        if self.names is not None and rows not in (len(self.names), len(self.names) * self.copies):
+            raise ModelError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {rows} respectively (with beams, or several sequences a prompt, on a plain "
+                "transformers model: a name for each of those; packed sequences and continuous batching have no rows "
+                "of their own)."
+            )
 
     def once(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tensor that was made for this key before, or is made now."""
