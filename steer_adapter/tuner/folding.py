@@ -161,7 +161,9 @@ def _find_places(base: nn.Module, books: Mapping[str, object], chosen: Mapping[s
         for name in chosen[path]:
             targets = getattr(books[name], "target_modules", None)
             if targets is not None:
-                why = f"its target_modules={targets!r} match {path}, which is no linear layer or layer norm with a bias"
+                why = (
+                    f"its target_modules={targets!r} match {path}, which is no linear layer or layer norm with a bias"
+                )
                 raise _refusal(name, why)
     return {**own, **(find_places(base, others) if others else {})}
 

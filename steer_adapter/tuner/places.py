@@ -25,7 +25,7 @@ PROBE_TOKENS = 16
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A projection whose bias b appears in the output of its decoder layer as `scale · b`, at every position.
+    """A projection or norm whose bias b appears in the output of its decoder layer as `scale · b`, at every position.
 
     Attributes:
         projection: the module with the bias, without the adapters around it.
@@ -62,7 +62,7 @@ def find_places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
             "without offloading, or keep the adapter."
         )
     config = _text_config(model)
-    probe = _Probe(model.get_submodule(path.rpartition(".")[0]), layers)
+    probe = _Probe(_owner(model, path), layers)
     for flag in (None, *(name for name in FLAGS if getattr(config, name, None) is False)):
         created = set(biases_switched_on_by(model, flag)) if flag else set()
         candidates = {name: _candidates(model, name, layers[name], created, flag) for name in targets}
@@ -72,11 +72,21 @@ def find_places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
                 return places
     raise ModelError(
         f"Folding: received {type(model).__name__} ({getattr(config, 'model_type', None)}) with vectors at "
-        f"{list(targets)}, expected in each of these layers a projection whose bias is added last to the residual "
-        "stream, with no norm or gate after it, and that the model's config provides for. There is none, so stock "
-        "transformers could not reload the result; nothing was changed. Keep the adapter: it costs one addition a "
-        "layer, is saved with save_pretrained() and loaded with PeftModel.from_pretrained()."
+        f"{list(targets)}, expected in each of these layers a projection or norm whose bias is added last to the "
+        "residual stream, with no norm or gate after it, and that the model's config provides for. There is none, so "
+        "stock transformers could not reload the result; nothing was changed. Keep the adapter: it costs one addition "
+        "a layer, is saved with save_pretrained() and loaded with PeftModel.from_pretrained()."
     )
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module:
+    """The innermost module around a stack that takes token ids."""
+    while path:
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        if hasattr(owner, "get_input_embeddings"):
+            break
+    return owner
 
 
 def place_of(target: nn.Module) -> Place | None:
@@ -147,7 +157,7 @@ def _skeleton(model_class: type[nn.Module], config: Any) -> tuple[dict[str, torc
 def _candidates(
     model: nn.Module, layer_name: str, layer: nn.Module, created: set[str], flag: str | None
 ) -> list[Place]:
-    """Projections of a layer that have a bias or get one, the last first."""
+    """Projections and norms of a layer that have a bias or get one, the last first."""
     config = _text_config(model)
     scale = float(getattr(config, "residual_multiplier", None) or 1.0)
     return [
@@ -158,20 +168,28 @@ def _candidates(
 
 
 def _projections(module: nn.Module, size: int, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Projections to `size`, without the adapters around them, and not one of several experts or heads in a list."""
+    """Projections to `size` and norms of it, without the adapters around them.
+
+    None of those that are several in a list: experts, heads.
+    """
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, AuxiliaryTrainingWrapper)):
         return
     if isinstance(module, BaseTunerLayer):
         if not hasattr(module, "base_layer"):
             return
         module = module.get_base_layer()
-    if (
-        isinstance(module, (nn.Linear, Conv1D))
-        and getattr(module, "out_features", getattr(module, "nf", None)) == size
-    ):
+    if _width(module) == size:
         yield path, module
     for name, child in module.named_children():
         yield from _projections(child, size, f"{path}.{name}" if path else name)
+
+
+def _width(module: nn.Module) -> int | None:
+    """What a projection, or a norm that knows a bias, gives out, or `None` for any other module."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return module.out_features if isinstance(module, nn.Linear) else module.nf
+    weight = module._parameters.get("weight")
+    return len(weight) if weight is not None and weight.ndim == 1 and "bias" in module._parameters else None
 
 
 def _unwrapped(model: nn.Module, path: str) -> nn.Module:

@@ -81,7 +81,8 @@ def steering(
 
     It holds for the thread or task that enters the block, for the tasks and threads that are started inside it (those
     of a streamer; not workers of a pool), and for the gradients of what ran inside. Other threads and the settings of
-    the model are left alone. Inside another block, what is not given is taken from that one.
+    the model are left alone. Inside another block, what is not given is taken from that one; values by name leave the
+    other vectors at its values.
 
     Args:
         model: a PeftModel, or a transformers model with natively loaded vectors or an attached library.

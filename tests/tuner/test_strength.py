@@ -157,7 +157,9 @@ def test_adapter_names_of_peft(two, input_ids):
     for name in ("default", "__base__"):
         with pytest.raises(ModelError, match="Length of `adapter_names` should .* but got 3 and 2 respectively"):
             two(input_ids, adapter_names=[name] * 3)
-    message = r"Trying to infer with non-existing adapter\(s\): anybody, nobody; expected names from \['__base__', 'def"
+    message = (
+        r"Trying to infer with non-existing adapter\(s\): anybody, nobody; expected names from \['__base__', 'def"
+    )
     with pytest.raises(AdapterNameError, match=message):
         two(input_ids, adapter_names=["nobody", "anybody"])
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
@@ -242,7 +244,11 @@ BAD = [
     (dict(multiplier=[]), ConfigError, "expected a finite number"),
     (dict(multiplier=[1.0, float("inf")]), ConfigError, "expected a finite number"),
     (dict(multiplier=[[1.0]]), ConfigError, "expected a finite number"),
-    (dict(multiplier={"nobody": 1.0}), AdapterNameError, r"non-existing adapter\(s\): nobody; expected names from \['default'\]"),
+    (
+        dict(multiplier={"nobody": 1.0}),
+        AdapterNameError,
+        r"non-existing adapter\(s\): nobody; expected names from \['default'\]",
+    ),
     (dict(multiplier={"__base__": 1.0}), AdapterNameError, r"non-existing adapter\(s\): __base__"),
     (dict(adapter_names=["default", ["default"]]), AdapterNameError, r"non-existing adapter\(s\): \['default'\]"),
     (dict(adapter_names="default"), AdapterNameError, "expected a list with a name for each row"),
