@@ -39,6 +39,7 @@ PLACES = {
     "modernbert_decoder": ("mlp.Wo", "mlp_bias"),
     "nemotron": ("mlp.down_proj", "mlp_bias"),
     "opt": ("fc2", None),
+    "opt post-norm": ("final_layer_norm", None),
     "opt without bias": ("fc2", "enable_bias"),
     "phi": ("mlp.fc2", None),
     "seed_oss": ("mlp.down_proj", "mlp_bias"),

@@ -48,6 +48,8 @@ def ask(layer: SteerLayer, rows: int, device: torch.device, ranks: torch.Tensor 
     if layer.disable_adapters:
         return Asked({})
     request = request_for(layer)
+    if request is not None:
+        request.check_names(rows)
 
     def in_scope(strength: torch.Tensor, scope: str) -> torch.Tensor:
         by_row = strength[:, None, None] if strength.ndim else strength

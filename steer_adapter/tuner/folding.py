@@ -89,7 +89,7 @@ def merge(model: nn.Module, books: Mapping[str, object], names: Sequence[str]) -
 
     Raises:
         AdapterNameError: a name is not that of a vector.
-        SteerError: a vector is not added to all tokens, or not at a decoder layer or linear layer.
+        SteerError: a vector is not added to all tokens, or not at a decoder layer, linear layer or layer norm.
         VectorError: a vector, or a bias with it, is not finite.
         ModelError: the architecture has no exact place.
     """
@@ -161,7 +161,9 @@ def _find_places(base: nn.Module, books: Mapping[str, object], chosen: Mapping[s
         for name in chosen[path]:
             targets = getattr(books[name], "target_modules", None)
             if targets is not None:
-                why = f"its target_modules={targets!r} match {path}, which is no linear layer with a bias"
+                why = (
+                    f"its target_modules={targets!r} match {path}, which is no linear layer or layer norm with a bias"
+                )
                 raise _refusal(name, why)
     return {**own, **(find_places(base, others) if others else {})}
 
@@ -169,7 +171,7 @@ def _find_places(base: nn.Module, books: Mapping[str, object], chosen: Mapping[s
 def _refusal(name: str, why: str) -> SteerError:
     return SteerError(
         f"Folding: received the adapter {name!r}, but {why}; expected one that is added to all tokens, at decoder "
-        "layers or at linear layers with a bias. Nothing was changed. Keep the adapter: save it with "
+        "layers, or at linear layers or layer norms with a bias. Nothing was changed. Keep the adapter: save it with "
         "save_pretrained(), and load it with PeftModel.from_pretrained()."
     )
 

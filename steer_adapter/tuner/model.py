@@ -177,7 +177,7 @@ class SteerModel(BaseTuner):
         names, copies = kwargs.get("adapter_names"), copies_of(kwargs)
         if names is not None and self.training:
             raise SteerError(
-                "`adapter_names`: received names for a model in training mode, expected model.eval(). To train with "
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or, to train with "
                 "another vector in each row, run the model inside steering(model, adapter_names=[...])."
             )
         with ExitStack() as stack:
@@ -215,9 +215,12 @@ class SteerModel(BaseTuner):
             self.unmerge_adapter()
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self._check_is_vector(name)
+        self._activate(adapter_name, inference_mode)
+
+    def _activate(self, names: str | list[str], inference_mode: bool = False) -> None:
         for layer in self._steer_layers():
-            layer.set_adapter(adapter_name, inference_mode=inference_mode)
-        self.active_adapter = adapter_name
+            layer.set_adapter(names, inference_mode=inference_mode)
+        self.active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for layer in self._steer_layers():
@@ -234,10 +237,13 @@ class SteerModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a vector. If it was the only active one, the first that remains becomes active."""
         self._check_is_vector(adapter_name)
-        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = self.active_adapters
         super().delete_adapter(adapter_name)
+        if adapter_name not in was_active:
+            self.active_adapter = was_active
+            return
         remaining = [name for name, config in self.peft_config.items() if isinstance(config, SteerConfig)]
-        self.set_adapter(active or remaining[:1])
+        self._activate([name for name in was_active if name != adapter_name] or remaining[:1])
 
     def _unload_and_optionally_merge(
         self,

@@ -46,7 +46,12 @@ def token_ranks(arguments: dict[str, Any], tokens: int, device: torch.device) ->
     """
     mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= tokens:
-        return (mask.long().cumsum(dim=1) - 1)[:, mask.shape[1] - tokens :]
+        ranks, cache = mask.long().cumsum(dim=1) - 1, arguments.get("past_key_values")
+        if cache is None or not getattr(cache, "is_compileable", False):
+            return ranks[:, mask.shape[1] - tokens :]
+        # The mask may be for all places of a static cache, filled or not (BLOOM).
+        places = torch.arange(tokens, device=mask.device) + cache.get_seq_length()
+        return ranks[:, places.clamp(max=mask.shape[1] - 1)]
     if isinstance(position_ids, torch.Tensor) and position_ids.ndim == 2:
         return position_ids
     if mask is None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from steer_adapter.errors import ModelError
 
 # In `adapter_names`, PEFT's name for a row without any adapter.
 BASE = "__base__"
+# Among multipliers by name, that of all other vectors. No adapter can have this name.
+OTHERS = ""
 Value: TypeAlias = "float | torch.Tensor"
 
 
@@ -52,7 +54,7 @@ class Request:
 
     def strength(self, name: str, live: torch.Tensor, rows: int) -> torch.Tensor:
         """The multiplier of a vector: a scalar, or `[rows]`; `live` is the one that holds without a request."""
-        value = self.multiplier.get(name) if isinstance(self.multiplier, dict) else self.multiplier
+        value = self._value_of(name)
         if value is None:
             strength = live
         else:
@@ -65,7 +67,7 @@ class Request:
 
     def value(self, name: str, row: int, live: torch.Tensor) -> torch.Tensor:
         """The multiplier of a vector in one row of the caller, a scalar; `live` without a request."""
-        value = self.multiplier.get(name) if isinstance(self.multiplier, dict) else self.multiplier
+        value = self._value_of(name)
         if isinstance(value, torch.Tensor):
             return value[row].detach().cpu()
         return live if value is None else torch.tensor(value)
@@ -80,17 +82,32 @@ class Request:
             return values
         if len(values) * self.copies == rows:
             return values.repeat_interleave(self.copies, dim=0)
+        self.check_names(rows)
         raise ModelError(
             f"steering: received values for {len(values)} rows, but the model runs {rows}; expected one for each row "
             "of the batch (with beams, or several sequences a prompt, on a plain transformers model: one for each of "
             "those; packed sequences and continuous batching have no rows of their own)."
         )
 
+    def check_names(self, rows: int) -> None:
+        """Raises a ModelError if the model runs another number of rows than there are names."""
+        if self.names is not None and rows not in (len(self.names), len(self.names) * self.copies):
+            raise ModelError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {rows} respectively (with beams, or several sequences a prompt, on a plain "
+                "transformers model: a name for each of those; packed sequences and continuous batching have no rows "
+                "of their own)."
+            )
+
     def once(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tensor that was made for this key before, or is made now."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def _value_of(self, name: str) -> Value | None:
+        values = self.multiplier
+        return values.get(name, values.get(OTHERS)) if isinstance(values, dict) else values
 
     def _rows_of(self, name: str) -> torch.Tensor:
         return torch.tensor([float(name == wanted) for wanted in self.names or ()])
@@ -115,7 +132,7 @@ def requested(request: Request) -> Iterator[None]:
     if outer is not None:
         request = replace(
             request,
-            multiplier=outer.multiplier if request.multiplier is None else request.multiplier,
+            multiplier=_over(outer.multiplier, request.multiplier),
             names=outer.names if request.names is None else request.names,
             prompt_lengths=outer.prompt_lengths if request.prompt_lengths is None else request.prompt_lengths,
             copies=max(outer.copies, request.copies),
@@ -126,6 +143,15 @@ def requested(request: Request) -> Iterator[None]:
         yield
     finally:
         _requests.reset(token)
+
+
+def _over(outer: Value | dict[str, Value] | None, inner: Value | dict[str, Value] | None) -> Any:
+    """The multipliers of a block inside another: values by name leave those of the other vectors alone."""
+    if inner is None:
+        return outer
+    if outer is None or not isinstance(inner, dict):
+        return inner
+    return {**(outer if isinstance(outer, dict) else {OTHERS: outer}), **inner}
 
 
 # A thread does not inherit the context of the one that starts it, and `Thread(target=model.generate, ...)` with a

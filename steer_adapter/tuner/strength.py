@@ -81,7 +81,8 @@ def steering(
 
     It holds for the thread or task that enters the block, for the tasks and threads that are started inside it (those
     of a streamer; not workers of a pool), and for the gradients of what ran inside. Other threads and the settings of
-    the model are left alone. Inside another block, what is not given is taken from that one.
+    the model are left alone. Inside another block, what is not given is taken from that one; values by name leave the
+    other vectors at its values.
 
     Args:
         model: a PeftModel, or a transformers model with natively loaded vectors or an attached library.
@@ -107,7 +108,7 @@ def steering(
         ```
     """
     layers = _layers(model)
-    _check_unmerged(layers)
+    _check_unmerged(layers, "multiplier" if adapter_names is None else "adapter_names")
     if multiplier is None and adapter_names is None and prompt_lengths is None:
         raise ConfigError("steering: received nothing to set, expected a multiplier, adapter_names or prompt_lengths.")
     values: Value | dict[str, Value] | None
@@ -163,12 +164,13 @@ def _layers(model: nn.Module) -> tuple[SteerLayer, ...]:
     return layers
 
 
-def _check_unmerged(layers: Sequence[SteerLayer]) -> None:
+def _check_unmerged(layers: Sequence[SteerLayer], argument: str) -> None:
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
+        # The words of PEFT's own layers, here and for unknown names.
         raise ModelError(
-            f"steering: the vectors {merged} are merged adapters, folded into biases that steer every call alike. "
-            "Call `unmerge_adapter` first."
+            f"Cannot pass `{argument}` when there are merged adapters, please call `unmerge_adapter` first: {merged} "
+            "are folded into biases, which steer every call alike."
         )
 
 
@@ -186,20 +188,21 @@ def _value(value: Any, what: str) -> Value:
 def _names(layers: Sequence[SteerLayer], names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise AdapterNameError(f"`adapter_names`: received {names!r}, expected a list with a name for each row.")
-    _check_names(layers, [name for name in names if name != BASE])
+    _check_names(layers, names, BASE)
     return tuple(names)
 
 
-def _check_names(layers: Sequence[SteerLayer], names: Any, with_library: bool = True) -> None:
+def _check_names(layers: Sequence[SteerLayer], names: Any, *others: str, with_library: bool = True) -> None:
     libraries = {layer.library.library for layer in layers if layer.library is not None and with_library}
-    for name in dict.fromkeys(names):
-        if not any(name in names for names in (*libraries, *(layer.steer_vector for layer in layers))):
-            known = sorted({name for layer in layers for name in layer.steer_vector})
-            library = " or a name of the library" if libraries else ""
-            raise AdapterNameError(
-                f"`adapter_names`: received {name!r}, a non-existing adapter; expected one of {known}{library}, "
-                f"or {BASE!r}."
-            )
+    holders = (others, *libraries, *(layer.steer_vector for layer in layers))
+    known = (name for name in names if isinstance(name, str) and any(name in holder for holder in holders))
+    if unknown := sorted({str(name) for name in names} - set(known)):
+        adapters = sorted({*others, *(name for layer in layers for name in layer.steer_vector)})
+        library = " or the library" if libraries else ""
+        raise AdapterNameError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; expected names from {adapters}"
+            f"{library}."
+        )
 
 
 def _lengths(lengths: Sequence[int] | torch.Tensor) -> torch.Tensor:

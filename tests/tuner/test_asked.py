@@ -58,7 +58,7 @@ def test_requests(layer):
         asked(names=("late", "a"), ranks=ranks)
     with pytest.raises(ModelError, match="without their decoder"):
         asked(names=("late", "a"), prompt_lengths=torch.tensor([2, 3]))
-    with pytest.raises(ModelError, match="for 2 rows, but the model runs 3"):
+    with pytest.raises(ModelError, match="Length of `adapter_names` .* got 2 and 3 respectively"):
         asked(names=("late", "a"), rows=3)
 
 

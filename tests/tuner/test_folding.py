@@ -380,12 +380,13 @@ def test_only_what_is_added_to_all_tokens(steered, call, change, message):
 @pytest.mark.parametrize("targets", [["layers.1"], ["1.mlp"], ["1.mlp.down_proj"]])
 def test_target_modules_that_have_no_bias(targets):
     config = SteerConfig(target_modules=targets, init_weights=False)
-    message = "which is no linear layer with a bias; expected one that"
+    message = "which is no linear layer or layer norm with a bias; expected one that"
     refused(get_peft_model(make_model(), config), "merge_and_unload", SteerError, message)
 
 
-def test_target_modules_that_are_linear_layers_with_a_bias(input_ids):
-    config = SteerConfig(target_modules=["h.1.attn.c_proj", "h.2.mlp.c_proj"], init_weights=False, multiplier=-1.5)
+def test_target_modules_that_have_a_bias_themselves(input_ids):
+    targets = ["h.1.attn.c_proj", "h.2.mlp.c_proj", "h.0.ln_2", "ln_f"]
+    config = SteerConfig(target_modules=targets, init_weights=False, multiplier=-1.5)
     model = get_peft_model(make_model("gpt2"), config)
     before, wanted = snapshot(model.base_model.model), logits(model, input_ids)
     model.merge_adapter()
@@ -406,7 +407,7 @@ def test_a_custom_model():
     model.base_model.model[0].steering.steer_vector["default"].data.copy_(vector)
     assert close(model.merge_and_unload()(x), wanted, 1e-6)
     model = get_peft_model(custom, SteerConfig(target_modules=["2"], hidden_size=6))
-    refused(model, "merge_adapter", SteerError, "match 2, which is no linear layer with a bias")
+    refused(model, "merge_adapter", SteerError, "match 2, which is no linear layer or layer norm with a bias")
 
 
 @pytest.mark.parametrize("safe_merge", [True, False])

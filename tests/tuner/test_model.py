@@ -140,6 +140,23 @@ def test_deleting_an_inactive_adapter(steered, input_ids):
     assert torch.equal(logits(steered, input_ids), before)
 
 
+def test_deleting_another_adapter_changes_nothing_of_the_active_ones():
+    model = get_peft_model(make_model("gpt2"), SteerConfig(layers_to_transform=[1], init_weights=False))
+    for name in ("second", "third"):
+        model.add_adapter(name, SteerConfig(layers_to_transform=[1, 2], init_weights=False))
+    model.base_model.set_adapter(["default", "third"], inference_mode=True)
+    model.merge_adapter(["default"])
+    layers = [module for module in model.modules() if isinstance(module, SteerLayer)]
+    model.delete_adapter("second")
+    assert [layer.merged_adapters for layer in layers] == [["default"], []]
+    assert [layer.active_adapters for layer in layers] == [["default", "third"]] * 2
+    assert model.base_model.active_adapters == ["default", "third"]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.delete_adapter("third")
+    assert [layer.merged_adapters for layer in layers] == [["default"], []]
+    assert [layer.active_adapters for layer in layers] == [["default"]] * 2
+
+
 def test_unloading_leaves_no_trace(input_ids):
     base = make_model()
     names, attributes = [n for n, _ in base.named_modules()], set(vars(base))
@@ -227,9 +244,9 @@ def test_a_name_that_can_not_be_a_key(steered, name):
 
 
 def test_rows_can_not_choose_adapters_without_a_word(steered, input_ids):
-    with pytest.raises(SteerError, match="`adapter_names`: received"):
+    with pytest.raises(SteerError, match="Cannot pass `adapter_names`"):
         steered(input_ids, adapter_names=["default", "__base__"])
-    with pytest.raises(SteerError, match="`adapter_names`: received"):
+    with pytest.raises(SteerError, match="Cannot pass `adapter_names`"):
         steered.generate(input_ids, adapter_names=["default", "__base__"])
 
 

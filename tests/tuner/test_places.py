@@ -11,7 +11,14 @@ from foldable import NONE, PLACES, build, same, snapshot
 from peft import LoraConfig, get_peft_model
 from test_architectures import IDS, LAYERS, encoder_decoder
 from torch import nn
-from transformers import BartConfig, MBartConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    DebertaConfig,
+    MBartConfig,
+)
 
 from steer_adapter.errors import ModelError
 from steer_adapter.tuner.places import biases_switched_on_by, complete, find_places
@@ -40,7 +47,7 @@ def test_no_place_in(name):
 
 
 def test_post_norms_and_models_without_biases_have_none():
-    assert {"gemma2", "gemma3_text", "olmo2", "mistral", "mpt", "opt post-norm"} <= set(NONE)
+    assert {"gemma2", "gemma3_text", "olmo2", "mistral", "mpt"} <= set(NONE)
 
 
 def test_encoder_decoders():
@@ -51,8 +58,19 @@ def test_encoder_decoders():
     pre_norm, post_norm = (encoder_decoder(config(**arguments))() for config in (MBartConfig, BartConfig))
     (place,) = find_places(pre_norm, ["model.decoder.layers.1"]).values()
     assert place.projection is pre_norm.model.decoder.layers[1].fc2
-    with pytest.raises(ModelError):
-        find_places(post_norm, ["model.decoder.layers.1"])
+    (place,) = find_places(post_norm, ["model.decoder.layers.1"]).values()
+    assert place.projection is post_norm.model.decoder.layers[1].final_layer_norm
+
+
+@pytest.mark.parametrize(("config", "head"), [(BertConfig, True), (BertConfig, False), (DebertaConfig, False)])
+def test_encoders(config, head):
+    """The stack itself takes no token ids, and the model around it does."""
+    torch.manual_seed(0)
+    sizes = dict(IDS, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=48)
+    model = (AutoModelForSequenceClassification if head else AutoModel).from_config(config(**sizes)).eval()
+    path = f"{model.base_model_prefix}.encoder.layer" if head else "encoder.layer"
+    (place,) = find_places(model, [f"{path}.1"]).values()
+    assert place.projection is model.get_submodule(f"{path}.1").output.LayerNorm
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import HIDDEN, layers_of, make_model, random_vectors, set_vectors
 from peft import get_peft_model
+from transformers import BloomConfig, BloomForCausalLM
 
 from steer_adapter import SteerConfig, steering
 from steer_adapter.errors import ConfigError, ModelError
@@ -76,6 +79,25 @@ def test_ranks():
     assert token_ranks(positions, 2, cpu).tolist() == [[7, 8]]
     with pytest.raises(ModelError, match="can't be told apart"):
         token_ranks({"attention_mask": mask[:, None, None]}, 2, cpu)
+
+
+def test_ranks_under_a_mask_for_all_places_of_a_static_cache():
+    mask = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]])
+    cache = SimpleNamespace(is_compileable=True, get_seq_length=lambda: 2)
+    arguments = {"attention_mask": mask, "past_key_values": cache}
+    assert token_ranks(arguments, 2, torch.device("cpu")).tolist() == [[1, 2], [2, 3]]
+
+
+@pytest.mark.parametrize("scope", ["prompt", "completion"])
+def test_a_static_cache_of_bloom(scope):
+    torch.manual_seed(0)
+    base = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=4, n_head=4))
+    config = SteerConfig(layers_to_transform=[1], token_scope=scope, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base.eval(), config)
+    arguments = dict(left_padded(PROMPTS), **OPTIONS, return_dict_in_generate=True, output_logits=True)
+    wanted = model.generate(**arguments, use_cache=False).logits
+    received = model.generate(**arguments, cache_implementation="static").logits
+    assert (torch.stack(received) - torch.stack(wanted)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("scope", ["prompt", "completion"])

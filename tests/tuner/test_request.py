@@ -123,6 +123,19 @@ def test_nested_blocks_take_what_they_leave_open_from_the_outer_one(model, input
     assert (received - wanted).abs().max() <= 1e-5
 
 
+def test_values_by_name_leave_those_of_the_outer_block_to_the_other_vectors(model, input_ids):
+    model.add_adapter("other", SteerConfig(layers_to_transform=LAYERS))
+    set_vectors(model, random_vectors(LAYERS, seed=2), "other")
+    first, second = random_vectors(LAYERS), random_vectors(LAYERS, seed=2)
+    wanted = [
+        hand_logits(make_model(), row[None], {k: factor * first[k] + 0.5 * second[k] for k in first})
+        for row, factor in zip(input_ids, (2.0, -1.0), strict=True)
+    ]
+    for outer in ([2.0, -1.0], {"default": [2.0, -1.0], "other": 7.0}):
+        with steering(model, outer), steering(model, {"other": 0.5}):
+            assert (logits(model, input_ids) - torch.cat(wanted)).abs().max() <= 1e-5
+
+
 def test_a_block_is_over_after_an_error(model, input_ids):
     with pytest.raises(RuntimeError, match="stop"), steering(model, 5.0):
         raise RuntimeError("stop")

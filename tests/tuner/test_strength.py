@@ -154,11 +154,15 @@ def test_adapter_names_of_peft(two, input_ids):
     with two.disable_adapter():
         received = logits(two, input_ids, adapter_names=["default", "other"])
     assert torch.equal(received, logits(make_model(), input_ids))
-    with pytest.raises(ModelError, match="values for 3 rows, but the model runs 2"):
-        two(input_ids, adapter_names=["default"] * 3)
-    with pytest.raises(AdapterNameError, match="'nobody', a non-existing adapter; expected one of"):
-        two(input_ids, adapter_names=["default", "nobody"])
-    with pytest.raises(ValueError, match="training mode"):
+    for name in ("default", "__base__"):
+        with pytest.raises(ModelError, match="Length of `adapter_names` should .* but got 3 and 2 respectively"):
+            two(input_ids, adapter_names=[name] * 3)
+    message = (
+        r"Trying to infer with non-existing adapter\(s\): anybody, nobody; expected names from \['__base__', 'def"
+    )
+    with pytest.raises(AdapterNameError, match=message):
+        two(input_ids, adapter_names=["nobody", "anybody"])
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         two.train()(input_ids, adapter_names=["default", "other"])
 
 
@@ -240,10 +244,16 @@ BAD = [
     (dict(multiplier=[]), ConfigError, "expected a finite number"),
     (dict(multiplier=[1.0, float("inf")]), ConfigError, "expected a finite number"),
     (dict(multiplier=[[1.0]]), ConfigError, "expected a finite number"),
-    (dict(multiplier={"nobody": 1.0}), AdapterNameError, "received 'nobody'"),
+    (
+        dict(multiplier={"nobody": 1.0}),
+        AdapterNameError,
+        r"non-existing adapter\(s\): nobody; expected names from \['default'\]",
+    ),
+    (dict(multiplier={"__base__": 1.0}), AdapterNameError, r"non-existing adapter\(s\): __base__"),
+    (dict(adapter_names=["default", ["default"]]), AdapterNameError, r"non-existing adapter\(s\): \['default'\]"),
     (dict(adapter_names="default"), AdapterNameError, "expected a list with a name for each row"),
     (dict(adapter_names=[]), AdapterNameError, "expected a list with a name for each row"),
-    (dict(adapter_names=["default", None]), AdapterNameError, "received None"),
+    (dict(adapter_names=["default", None]), AdapterNameError, r"non-existing adapter\(s\): None"),
     (dict(adapter_names=["default"], multiplier=[1.0, 2.0]), ConfigError, r"values for \[1, 2\] rows"),
     (dict(prompt_lengths=[0, 1]), ConfigError, "expected a positive integer for each row"),
     (dict(prompt_lengths=[1.5]), ConfigError, "expected a positive integer for each row"),
@@ -262,9 +272,10 @@ def test_bad_requests_change_nothing(model, input_ids, arguments, error, message
 def test_merged_vectors_have_no_strength_of_their_own(input_ids):
     merged = get_peft_model(make_model("gpt2"), SteerConfig(layers_to_transform=[1], init_weights=False)).eval()
     merged.merge_adapter()
-    with pytest.raises(ModelError, match="merged adapters.*unmerge_adapter"), steering(merged, 2.0):
+    with pytest.raises(ModelError, match="Cannot pass `multiplier` when there are merged"), steering(merged, 2.0):
         pass
-    with pytest.raises(ModelError, match="unmerge_adapter"):
+    words = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first"
+    with pytest.raises(ModelError, match=words):
         merged(input_ids, adapter_names=["default", "__base__"])
     merged.unmerge_adapter()
     with steering(merged, 0.0):
