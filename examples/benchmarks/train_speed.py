@@ -202,7 +202,7 @@ def our_run(arguments: argparse.Namespace, model: Any, tokenizer: Any, data: lis
     if layouts[0].position_ids is not None:
         flops = [needed_flops(base, layout, arguments.layer) for layout in layouts[WARMUP:]]
         result["flops"] = statistics.mean(flops)
-        result["rate"] = sum(flops) / sum(seconds[WARMUP:])
+        result["rate"] = statistics.median(f / s for f, s in zip(flops, seconds[WARMUP:], strict=True))
         result["peak_rate"] = matrix_peak(base.dtype)
     return result
 
