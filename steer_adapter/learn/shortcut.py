@@ -114,7 +114,7 @@ def why_not(trainer: BiPOTrainer, model: Any) -> str | None:
         "the model is sharded": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
         "router_aux_loss_coef asks for the routers of all layers": trainer.aux_loss_enabled,
         f"{_random(model)} draws random numbers": bool(_random(model)),
-        "the vector does not act on all tokens": getattr(active, "token_scope", "all") != "all",
+        "the vector does not act on all tokens": active.token_scope != "all",
         "rotary frequencies depend on the batch": not _fixed_positions(model, args.max_length),
     }
     reasons = (text for text, holds in checks.items() if holds)

@@ -147,7 +147,7 @@ def _check_foldable(books: Mapping[str, object], names: Sequence[str]) -> None:
         if not isinstance(config, SteerConfig):
             vectors = [key for key, value in books.items() if isinstance(value, SteerConfig)]
             raise AdapterNameError(f"`adapter_names`: received {name!r}, expected names from {vectors}.")
-        scope = getattr(config, "token_scope", "all")
+        scope = config.token_scope
         if config.operation != "add":
             raise _refusal(name, f"its operation is {config.operation!r}, and a bias can only add")
         if scope != "all":

@@ -1,4 +1,4 @@
-"""A place holds if its bias moves the output of its layer by itself, and nothing else; and the model stays as it was."""
+"""A place holds if its bias moves the output of its layer by itself, and nothing else; the model stays as it was."""
 
 from __future__ import annotations
 
