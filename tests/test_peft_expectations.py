@@ -261,6 +261,7 @@ def test_active_adapters(steered, input_ids):
 
 def test_nested_contexts_restore_what_was(steered, input_ids):
     bare, on = logits(make_model(), input_ids), logits(steered, input_ids)
+    assert not close(on, bare)
     with steered.disable_adapter():
         with steered.disable_adapter():
             assert torch.equal(logits(steered, input_ids), bare)
@@ -276,6 +277,7 @@ def test_nested_contexts_restore_what_was(steered, input_ids):
 
 def test_a_context_is_left_by_an_exception(steered, input_ids):
     on = logits(steered, input_ids)
+    assert not close(on, logits(make_model(), input_ids))
     with pytest.raises(RuntimeError, match="on purpose"), steered.disable_adapter():
         raise RuntimeError("on purpose")
     assert torch.equal(logits(steered, input_ids), on)
@@ -347,13 +349,14 @@ def test_embeddings_as_input(architecture, input_ids):
     model = steer(make_model(architecture), "test-adapter")
     embeddings = model.get_input_embeddings()(input_ids)
     assert close(logits(model, inputs_embeds=embeddings), logits(model, input_ids))
+    assert not close(logits(model, inputs_embeds=embeddings), logits(make_model(architecture), input_ids))
 
 
 def test_layer_indexing(input_ids):
     model = get_peft_model(make_model(), SteerConfig(layers_to_transform=[0]))
     model(input_ids).logits.sum().backward()
-    (name,) = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert name == "base_model.model.model.layers.0.steering.steer_vector.default"
+    ((name, gradient),) = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    assert gradient.any() and name == "base_model.model.model.layers.0.steering.steer_vector.default"
     everywhere = get_peft_model(make_model(), SteerConfig())
     assert sum("steer_vector" in name for name, _ in everywhere.named_parameters()) == 4
 
@@ -371,7 +374,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(input_ids, use_reentran
     model._prepare_model_for_gradient_checkpointing(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     checkpointed = gradients()
-    assert plain.keys() == checkpointed.keys() and len(plain) == 2
+    assert plain.keys() == checkpointed.keys() and len(plain) == 2 and all(part.any() for part in plain.values())
     assert all(torch.allclose(plain[name], checkpointed[name], rtol=1e-4) for name in plain)
 
 

@@ -95,6 +95,8 @@ def test_a_state_dict_goes_round(input_ids):
     other = get_peft_model(make_model(seed=3), SteerConfig(layers_to_transform=LAYERS)).eval()
     assert other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(logits(other, input_ids), logits(model, input_ids))
+    wanted = hand_logits(make_model(), input_ids, random_vectors(LAYERS))
+    assert (logits(other, input_ids) - wanted).abs().max() <= 1e-5
 
 
 def test_a_copy_is_one_of_its_own(input_ids):

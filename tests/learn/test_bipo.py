@@ -200,6 +200,9 @@ def test_other_loss_types_are_those_of_trl_on_the_exchanged_pair(tmp_path, loss_
         received = ours.compute_loss(ours.model, next(iter(ours.get_train_dataloader()))).item()
     wanted = plain.compute_loss(plain.model, next(iter(plain.get_train_dataloader()))).item()
     assert received == pytest.approx(wanted, rel=1e-5)
+    with plain.model.disable_adapter():
+        unsteered = plain.compute_loss(plain.model, next(iter(plain.get_train_dataloader()))).item()
+    assert abs(unsteered - wanted) > 1e-4, "a vector that does nothing would pass"
 
 
 def test_experts_add_nothing_to_the_objective(tmp_path):
@@ -245,6 +248,7 @@ def test_accumulation_equals_a_large_batch(tmp_path):
         run.train()
         results.append(vectors_of(run.model))
     for key in results[0]:
+        assert results[0][key].any()
         assert torch.allclose(results[0][key], results[1][key], atol=1e-5)
 
 
@@ -301,6 +305,7 @@ def test_a_checkpoint_resumes_bitwise(tmp_path):
     resumed = trainer(tmp_path / "cut", max_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "out" / "checkpoint-3"))
     for key, value in vectors_of(whole.model).items():
+        assert value.any()
         assert torch.equal(value, vectors_of(cut.model)[key])
         assert torch.equal(value, vectors_of(resumed.model)[key])
 

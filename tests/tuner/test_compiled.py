@@ -92,7 +92,7 @@ def test_a_compiled_model_trains(model, input_ids):
 
     wanted = gradient(model)
     received = gradient(torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager"))
-    assert len(wanted) == 2
+    assert len(wanted) == 2 and all(part.any() for part in wanted)
     for first, second in zip(received, wanted, strict=True):
         assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
@@ -106,6 +106,7 @@ def test_a_compiled_model_trains_with_checkpointing(model, input_ids):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     wanted = gradient(model.train())
+    assert len(wanted) == 2 and all(part.any() for part in wanted)
     base = model.get_base_model()
     base.gradient_checkpointing_enable({"use_reentrant": False})
     for first, second in zip(gradient(torch.compile(base, backend="aot_eager")), wanted, strict=True):
@@ -142,6 +143,7 @@ def test_scopes(input_ids):
         with steering(model, 2.0, prompt_lengths=[3, 5]):
             received, wanted = compiled(input_ids).logits, model(input_ids).logits
         assert (received - wanted).abs().max() <= 1e-5
+        assert (wanted - make_model()(input_ids).logits).abs().amax(dim=(1, 2)).min() > 0.1, "every row is steered"
         with pytest.raises(ModelError, match="without prompt lengths"):
             compiled(input_ids)
 

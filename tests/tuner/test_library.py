@@ -115,6 +115,7 @@ def test_generation_with_beams(library, input_ids):
     for row, name in enumerate(["honest", "cheerful"]):
         with steering(model, adapter_names=[name]):
             assert torch.equal(model.generate(input_ids=input_ids[row : row + 1], **options)[0], together[row])
+        assert not torch.equal(model.generate(input_ids=input_ids[row : row + 1], **options)[0], together[row])
     with steering(model, adapter_names=["honest"] * 3 + ["cheerful"] * 3):
         model.generate(input_ids=input_ids, num_beams=3, **options)
 

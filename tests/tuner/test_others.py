@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_model, random_vectors, set_vectors
+from conftest import hand_logits, make_model, random_vectors, set_vectors
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
@@ -45,8 +45,11 @@ def tuned_dir(config, tmp_path):
 
 
 @pytest.fixture
-def vector_dir(tmp_path):
-    steer(make_model()).save_pretrained(tmp_path / "vector")
+def vector_dir(tmp_path, input_ids):
+    steered = steer(make_model())
+    wanted = hand_logits(make_model(), input_ids, random_vectors([1, 3]))
+    assert close(logits(steered, input_ids), wanted) and not close(wanted, logits(make_model(), input_ids))
+    steered.save_pretrained(tmp_path / "vector")
     return tmp_path / "vector"
 
 

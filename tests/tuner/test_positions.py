@@ -97,6 +97,9 @@ def test_a_static_cache_of_bloom(scope):
     arguments = dict(left_padded(PROMPTS), **OPTIONS, return_dict_in_generate=True, output_logits=True)
     wanted = model.generate(**arguments, use_cache=False).logits
     received = model.generate(**arguments, cache_implementation="static").logits
+    with model.disable_adapter():
+        plain = model.generate(**arguments, use_cache=False).logits
+    assert (torch.stack(plain) - torch.stack(wanted)).abs().max() > 1e-3
     assert (torch.stack(received) - torch.stack(wanted)).abs().max() <= 1e-4
 
 
@@ -125,10 +128,20 @@ def test_a_forward_with_padding_on_either_side(family, scope):
 def test_generation_with_and_without_cache(family, scope, options):
     if "prefill_chunk_size" in options and family != "llama":
         pytest.skip("transformers' own limits")
-    received = steered(scope, family).generate(**left_padded(PROMPTS), **OPTIONS, **options)
+    received = steered(scope, family).generate(
+        **left_padded(PROMPTS), **OPTIONS, **options, return_dict_in_generate=True, output_logits=True
+    )
     for row, prompt in enumerate(PROMPTS):
-        wanted = generate_by_hand(family, scope, torch.tensor([prompt]))
-        assert torch.equal(received[row, -OPTIONS["max_new_tokens"] :], wanted)
+        prompt = torch.tensor([prompt])
+        wanted = generate_by_hand(family, scope, prompt)
+        assert torch.equal(received.sequences[row, -OPTIONS["max_new_tokens"] :], wanted)
+        # Tokens may agree by chance, logits do not; the second token's have seen both scopes.
+        ids = torch.cat([prompt, wanted[None, :1]], dim=1)
+        by_the_hand = by_hand(family, scope, ids, prompt.shape[1])[0, -1]
+        assert (received.logits[1][row] - by_the_hand).abs().max() <= 1e-4
+        with torch.no_grad():
+            is_plain = torch.equal(by_the_hand, make_model(family)(ids).logits[0, -1])
+        assert is_plain == (scope == "prompt" and prompt.shape[1] == 1)
 
 
 @pytest.mark.parametrize("scope", ["prompt", "completion"])
@@ -141,6 +154,8 @@ def test_beams_and_rows(scope):
         one = model if row != 1 else make_model()
         alone = one.generate(input_ids=torch.tensor([prompt]), num_beams=3, **OPTIONS)
         assert torch.equal(together[row, -6:], alone[0, -6:])
+    plain = make_model().generate(**left_padded(PROMPTS), num_beams=3, **OPTIONS)
+    assert not torch.equal(together[0], plain[0]) and torch.equal(together[1], plain[1])
 
 
 @pytest.mark.parametrize("scope", ["prompt", "completion"])

@@ -41,7 +41,9 @@ def steered(kind=None):
 
 def gradients(model):
     # A wrapper shows in the names.
-    return [p.grad.clone() for n, p in model.named_parameters() if "steer_vector" in n]
+    found = [p.grad.clone() for n, p in model.named_parameters() if "steer_vector" in n]
+    assert len(found) == len(LAYERS) and all(gradient.any() for gradient in found)
+    return found
 
 
 KINDS = ["reentrant", "non-reentrant", "wrapper"]

@@ -185,6 +185,8 @@ def test_generate_by_row_equals_each_row_alone(two, input_ids, options, tmp_path
             two.set_adapter(name)
             alone = two.generate(input_ids=prompts[row : row + 1], **options)
         assert torch.equal(received[row * per_row : (row + 1) * per_row], alone)
+        plain = make_model().generate(input_ids=prompts[row : row + 1], **options)
+        assert torch.equal(alone, plain) == (name == "__base__")
 
 
 def test_on_a_transformers_model_by_name_and_row(two, input_ids, tmp_path):
@@ -278,6 +280,7 @@ def test_merged_vectors_have_no_strength_of_their_own(input_ids):
     with pytest.raises(ModelError, match=words):
         merged(input_ids, adapter_names=["default", "__base__"])
     merged.unmerge_adapter()
+    assert not torch.equal(logits(merged, input_ids), logits(make_model("gpt2"), input_ids))
     with steering(merged, 0.0):
         assert torch.equal(logits(merged, input_ids), logits(make_model("gpt2"), input_ids))
 
