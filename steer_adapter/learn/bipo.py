@@ -184,8 +184,6 @@ class BiPOTrainer(PrefixTrainer):
         layers = list(steer_layers(self.model).values())
         previous = [float(layer.multipliers[self.adapter_name]) for layer in layers]
         self._direction = direction
-        if self.prefix_cache is not None:
-            self.prefix_cache.exchanged = direction == -1
         try:
             for layer in layers:
                 layer.set_multiplier(self.adapter_name, direction)

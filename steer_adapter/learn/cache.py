@@ -28,7 +28,7 @@ from steer_adapter.errors import OutputError
 
 
 logger = logging.getLogger(__name__)
-FORMAT = "1"
+FORMAT = "2"
 SHARD_BYTES = 128 * 2**20
 SAMPLE = 4096  # numbers of each parameter that go into the fingerprint
 
@@ -38,7 +38,7 @@ class Entry:
     """What is kept of one pair.
 
     Attributes:
-        states: `[M, H]`, what enters the steering at the stem, the chosen and the rejected branch.
+        states: `[M, H]`, what enters the steering at the stem and the two branches, in the order of `in_fixed_order`.
         reference: `[2]`, float64: the reference log-probabilities of chosen and rejected.
     """
 

@@ -20,7 +20,7 @@ from steer_adapter.shapes import text_config
 
 from .head import STATISTICS, Head, completion_fields, find_backbone, replaced_forward, run_backbone
 from .prefix import Prefix
-from .sharing import Layout, plain_layout, shared_layout
+from .sharing import Layout, in_fixed_order, plain_layout, shared_layout
 from .tree_attention import NotServed, TreeMasks, attending_within_trees
 
 
@@ -60,7 +60,8 @@ class PairForward:
         **kwargs: Any,
     ) -> FusedCausalLMOutput:
         """Fields of the completion tokens, `[2B, T − 1]`, of a batch `[2B, T]` padded on the right."""
-        layout = self.layout = self._lay_out(input_ids.cpu(), attention_mask.cpu(), labels.cpu())
+        order = in_fixed_order(input_ids.cpu(), attention_mask.cpu())
+        layout = self.layout = self._lay_out(*(t.cpu()[order] for t in (input_ids, attention_mask, labels)))
         device = input_ids.device
         inputs = {name: value.to(device) for name, value in layout.model_inputs().items()}
         if layout.position_ids is not None and model.config._attn_implementation == "eager":
@@ -70,7 +71,7 @@ class PairForward:
         states, head = self._run(model, {**kwargs, **inputs}, layout)
         picked = states.flatten(0, 1)[layout.sources.to(states.device)]
         fields = completion_fields(head, picked, layout.targets.to(states.device))
-        rows, columns = layout.rows.to(states.device), layout.columns.to(states.device)
+        rows, columns = order[layout.rows].to(states.device), layout.columns.to(states.device)
         shape = (labels.shape[0], labels.shape[1] - 1)
         placed = {n: value.new_zeros(shape).index_put((rows, columns), value) for n, value in fields.items()}
         return FusedCausalLMOutput(loss=None, aux_loss=None, **placed)

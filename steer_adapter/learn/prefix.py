@@ -28,7 +28,7 @@ class Prefix:
     def __init__(self, layers: list[nn.Module]) -> None:
         self.layers = layers
         self._shapes: list[int | None] = []  # what each layer returns: a tuple of that length, or a tensor
-        self._tokens: Callable[[Layout], torch.Tensor] | None = None
+        self._tokens: Callable[[], torch.Tensor] | None = None
         self._states: torch.Tensor | None = None
 
     @contextmanager
@@ -49,8 +49,8 @@ class Prefix:
             yield seen
 
     @contextmanager
-    def replaying(self, tokens: Callable[[Layout], torch.Tensor]) -> Iterator[None]:
-        """Run only what lies above, inside. `tokens` gives the states `[M, H]` for a layout.
+    def replaying(self, tokens: Callable[[], torch.Tensor]) -> Iterator[None]:
+        """Run only what lies above, inside. `tokens` gives the states `[M, H]` of the batch at hand.
 
         Held through the backward pass too: gradient checkpointing runs layers again in there.
         """
@@ -72,7 +72,7 @@ class Prefix:
     def prepare(self, layout: Layout) -> None:
         """Get the states of the batch that is about to run."""
         if self._tokens is not None:
-            self._states = layout.spread(self._tokens(layout))
+            self._states = layout.spread(self._tokens())
 
     def _recorded(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return _in_shape(self._states, self._shapes[-1])

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from .cache import Entry, StateCache, pair_key
 from .forward import PairForward
 from .prefix import Prefix
-from .sharing import Layout
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -33,7 +32,6 @@ class PrefixCache:
 
     def __init__(self, forward: PairForward, prefix: Prefix, cache: StateCache, reference: Reference) -> None:
         self.forward, self.prefix, self.cache, self.reference = forward, prefix, cache, reference
-        self.exchanged = False
         self.active = False
         self._entries: list[Entry] = []
         forward.prefix = prefix
@@ -98,16 +96,9 @@ class PrefixCache:
         for key, states, values in zip(keys_of(batch), parts, reference, strict=True):
             self.cache.put(key, Entry(states.clone(), values.clone()))
 
-    def _tokens(self, layout: Layout) -> torch.Tensor:
+    def _tokens(self) -> torch.Tensor:
         """The states of a batch, in the order of its trees."""
-        parts = []
-        for entry, tree in zip(self._entries, layout.trees, strict=True):
-            if self.exchanged:
-                stem, chosen, rejected = entry.states.split([tree.stem, tree.second, tree.first])
-                parts += [stem, rejected, chosen]
-            else:
-                parts.append(entry.states)
-        return torch.cat(parts)
+        return torch.cat([entry.states for entry in self._entries])
 
 
 def keys_of(batch: Batch) -> list[bytes]:

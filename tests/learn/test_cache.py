@@ -83,7 +83,7 @@ def test_what_is_damaged_is_computed_again(tmp_path, harm, caplog):
     elif harm == "garbage":
         content = bytearray(b"\x00" * 500)
     elif harm == "format":
-        content = content.replace(b'"format":"1"', b'"format":"0"')
+        content = content.replace(b'"format":"2"', b'"format":"0"')
     else:
         content[-20] ^= 1
     file.write_bytes(content)

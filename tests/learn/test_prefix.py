@@ -32,7 +32,7 @@ def test_recorded_states_replayed_give_the_same_logits_and_gradient():
     for replayed in (False, True):
         vector.grad = None
         if replayed:
-            with prefix.replaying(lambda _: tokens):
+            with prefix.replaying(lambda: tokens):
                 prefix.prepare(layout)
                 model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("ran"))
                 logits = model(IDS).logits[:, :-1]
@@ -48,7 +48,7 @@ def test_everything_is_put_back_after_an_error():
     wanted = model(IDS).logits
     with pytest.raises(KeyError), prefix.recording():
         raise KeyError
-    with pytest.raises(KeyError), prefix.replaying(lambda _: torch.zeros(6, 32)):
+    with pytest.raises(KeyError), prefix.replaying(lambda: torch.zeros(6, 32)):
         assert prefix.replays
         raise KeyError
     assert not prefix.replays and all("forward" not in layer.__dict__ for layer in prefix.layers)
@@ -67,7 +67,7 @@ def test_layers_that_return_tuples_keep_doing_so():
     with prefix.recording():
         layers[1](layers[0](torch.zeros(1, 2, 3))[0])
     layout = plain_layout(IDS, torch.ones_like(IDS), IDS)
-    with prefix.replaying(lambda _: torch.ones(4, 3)):
+    with prefix.replaying(lambda: torch.ones(4, 3)):
         prefix.prepare(layout)
         handed = layers[0](torch.zeros(2, 4, 3))
         assert len(handed) == 2 and not handed[0].any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -107,16 +109,19 @@ def test_gradient_checkpointing(name, tmp_path, monkeypatch):
         assert torch.cosine_similarity(received, wanted, dim=0) >= 0.99999
 
 
+WAYS = {"plain": (False, False), "shared": (False, True), "cached": (True, True)}  # prefix cache, shared prompts
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def real_steps(request, tmp_path_factory):
-    """A step without cache and sharing, and one with both: demo pairs, layer 15."""
+    """A step each way in both directions: demo pairs, layer 15."""
     from steer_adapter.cli.models import load_model, load_tokenizer
     from steer_adapter.data import as_conversations
     from steer_adapter.demo.model import smollm2
     from steer_adapter.demo.pairs import load
 
-    results = []
-    for cached in (False, True):
+    results = {}
+    for (way, (cached, shared)), direction in itertools.product(WAYS.items(), (1, -1)):
         model = get_peft_model(load_model(str(smollm2()), request.param), SteerConfig(layers_to_transform=15))
         (vector,) = (p for n, p in model.named_parameters() if "steer_vector" in n)
         with torch.no_grad():
@@ -131,28 +136,21 @@ def real_steps(request, tmp_path_factory):
             processing_class=load_tokenizer(str(smollm2())),
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as monkeypatch:
-            if not cached:
+            if not shared:
                 monkeypatch.setattr("steer_adapter.learn.prefix_trainer.share_prompts", lambda *_: None)
-            results.append(Step(run, monkeypatch, -1))
-    return request.param, *results
+            results[way, direction] = Step(run, monkeypatch, direction)
+    return request.param, results
 
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_the_real_model(real_steps):
-    dtype, uncached, cached = real_steps
-    assert abs(uncached.losses[0] - np.log(2)) > 1e-3
-    if dtype == "float32":
-        assert cached.losses == pytest.approx(uncached.losses, rel=1e-5)
-    cosine = torch.cosine_similarity(uncached.gradients[0], cached.gradients[0], dim=0)
+@pytest.mark.parametrize("direction", [1, -1])
+def test_the_real_model(real_steps, direction):
+    dtype, steps = real_steps
+    plain, shared, cached = (steps[way, direction] for way in WAYS)
+    assert abs(plain.losses[0] - np.log(2)) > 1e-3
+    assert cached.losses == pytest.approx(shared.losses, rel=1e-5 if dtype == "float32" else 1e-2)
+    # In bfloat16 rows of other lengths round otherwise: each way is 2 % from the loss in float32.
+    assert cached.losses == pytest.approx(plain.losses, rel=1e-5 if dtype == "float32" else 5e-2)
+    cosine = torch.cosine_similarity(plain.gradients[0], cached.gradients[0], dim=0)
     assert cosine >= (0.99999 if dtype == "float32" else 0.98)
-
-
-@pytest.mark.real_model
-@pytest.mark.slow
-@pytest.mark.xfail(reason="rows of other lengths round otherwise: 0.5 to 3 % on four pairs", strict=False)
-def test_the_loss_of_the_real_model_in_bfloat16(real_steps):
-    dtype, uncached, cached = real_steps
-    if dtype == "float32":
-        pytest.skip("see above, with a tighter tolerance")
-    assert cached.losses == pytest.approx(uncached.losses, rel=1e-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steer_adapter.learn.sharing import Tree, plain_layout, shared_layout, tree_mask, trees_of
+from steer_adapter.learn.sharing import Tree, in_fixed_order, plain_layout, shared_layout, tree_mask, trees_of
 
 
 # Two pairs: prompts [5 6 7] and [8 9]; completions [1 2 | 3 4 2], [4 | 6 7]; in the second pair both answers differ.
@@ -76,3 +76,14 @@ def test_a_row_for_each_pair_where_attention_would_cost_more():
 def test_no_place_sees_nothing():
     mask = tree_mask(torch.tensor([[0, 0, -1, -1]]), torch.tensor([[0, 1, 0, 0]]), torch.tensor([[0, 1, 0, 0]]))
     assert mask.any(dim=-1).all() and not mask[0, 0, :2, 2:].any()
+
+
+def test_a_pair_comes_in_the_same_order_whichever_text_is_chosen():
+    ids = torch.tensor([[5, 7, 8, 0], [5, 6, 0, 0], [5, 6, 9, 9], [5, 6, 2, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    order = in_fixed_order(ids, mask)
+    assert order.tolist() == [2, 1, 0, 3]
+    assert order[order].tolist() == [0, 1, 2, 3]
+    exchanged = torch.tensor([2, 3, 0, 1])
+    again = in_fixed_order(ids[exchanged], mask[exchanged])
+    assert torch.equal(ids[exchanged][again], ids[order]) and torch.equal(mask[exchanged][again], mask[order])
