@@ -102,8 +102,11 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _check_auto_mapping(mapping: object) -> None:
-    if mapping is not None and not (isinstance(mapping, dict) and all(isinstance(v, str) for v in mapping.values())):
-        raise ConfigError(f"`auto_mapping`: received {shorten(mapping)}, expected names of a class and a package.")
+    if mapping is None:
+        return
+    names = ("base_model_class", "parent_library")
+    if not isinstance(mapping, dict) or not all(isinstance(mapping.get(name), str) for name in names):
+        raise ConfigError(f"`auto_mapping`: received {shorten(mapping)}, expected texts for {list(names)}, or None.")
 
 
 def _check_targets(config: SteerConfig) -> None:
