@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HIDDEN, hand_logits, make_model, random_vectors, set_vectors
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from steer_adapter import SteerConfig, SteerLayer, load_library, steering
@@ -174,3 +175,41 @@ def test_mistakes(library, input_ids):
     named = get_peft_model(make_model(), SteerConfig(layers_to_transform=1), adapter_name="honest")
     with pytest.raises(AdapterNameError, match=r"\['honest'\], which are names in the library"):
         library.attach(named)
+
+
+class Kernels(TorchDispatchMode):
+    """The operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_was_picked_is_added_and_nothing_else(library):
+    model = make_model()
+    library.attach(model)
+    steer_layer, hidden = model.model.layers[2].steering, torch.randn(2, 5, HIDDEN)
+    with torch.no_grad(), steering(model, adapter_names=["cheerful", "customers/17"]):
+        wanted = steer_layer(hidden)
+        with Kernels() as kernels:
+            received = steer_layer(hidden)
+    assert torch.equal(received, wanted) and not torch.equal(received, hidden)
+    assert kernels.names.count("add") == 1 and not {"mul", "ones", "fill_"} & set(kernels.names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_an_adapter_of_the_same_layer_each_row_is_as_alone(library, dtype):
+    model = get_peft_model(make_model(), SteerConfig(layers_to_transform=[2])).eval()
+    set_vectors(model, random_vectors([2], seed=9))
+    library.attach(model)
+    steer_layer, hidden = model.base_model.model.model.layers[2].steering, torch.randn(1, 5, HIDDEN).to(dtype)
+    names = ["default", "customers/17"]
+    with torch.no_grad(), steering(model, adapter_names=names):
+        received = steer_layer(hidden.expand(2, -1, -1))
+    deltas = [random_vectors([2], seed=9)[2], 2.5 * random_vectors([2], seed=4)[2]]
+    for row, delta in enumerate(deltas):
+        assert torch.equal(received[row], (hidden + delta.to(dtype))[0])
