@@ -224,7 +224,7 @@ def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str,
         return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def note_transfer(made_for: str | None, model_name: str | None) -> None:
     """Say once that a vector is put on another checkpoint than the one it was made for."""
     if not same_model(made_for, model_name):
