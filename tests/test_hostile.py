@@ -145,7 +145,8 @@ values = st.recursive(
 FIELDS = [
     "auto_mapping", "base_model_name_or_path", "format_version", "hidden_size", "inference_mode", "init_weights",
     "layers_to_transform", "model_type", "multiplier", "num_hidden_layers", "operation", "peft_type", "peft_version",
-    "provenance", "revision", "target_modules", "task_type", "self", "cls", "kwargs", "runtime_config", "unknown",
+    "provenance", "revision", "stack", "target_modules", "task_type", "token_scope", "self", "cls", "kwargs",
+    "runtime_config", "unknown",
 ]  # fmt: skip
 
 
@@ -370,6 +371,9 @@ def test_every_route_of_peft_refuses_them_with_an_error_of_ours(target: Target, 
         dict(provenance={"margins": {"1": {"margin": "much"}}}),
         dict(provenance={"a": {"b": {"c": {"d": {"e": 1}}}}}),
         dict(auto_mapping={}),
+        dict(stack="x" * 100_000),
+        dict(stack="a\nb"),
+        dict(token_scope={}),
         dict(auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": 3}),
     ],
 )

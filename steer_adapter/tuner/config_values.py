@@ -42,7 +42,7 @@ def check_values(config: SteerConfig) -> None:
     _check_scope(config)
     _check_size("hidden_size", config.hidden_size, MAX_HIDDEN_SIZE)
     _check_size("num_hidden_layers", config.num_hidden_layers, MAX_TARGETS)
-    for name in ("base_model_name_or_path", "revision", "model_type", "peft_version"):
+    for name in ("base_model_name_or_path", "revision", "model_type", "peft_version", "stack"):
         _check_text(name, getattr(config, name))
     for name in ("init_weights", "inference_mode"):
         if not isinstance(getattr(config, name), bool):
