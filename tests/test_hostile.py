@@ -343,6 +343,8 @@ STEER = b'{"peft_type": "STEER", "a": '
         pytest.param(STEER + b'1, "a": 1}', id="twice"),
         pytest.param(STEER + b'1, "self": 1}', id="self"),
         pytest.param(STEER + b'1, "cls": 1}', id="cls"),
+        pytest.param(b'{"self": 1}', id="self, of nobody"),
+        pytest.param(b'{"cls": 1, "unknown": 2}', id="cls, of nobody"),
         pytest.param(b'{"peft_type": ["STEER"]}', id="no name"),
         pytest.param(b'{"peft_type": null}', id="null"),
         pytest.param(b'{"peft_type": "STEERING"}', id="unknown"),
@@ -350,7 +352,7 @@ STEER = b'{"peft_type": "STEER", "a": '
 )
 def test_every_route_of_peft_refuses_them_with_an_error_of_ours(target: Target, config: bytes, route: str):
     assert target.load(config=config, route=route) is None
-    with pytest.raises(SteerError, match="adapter_config.json: received"):
+    with pytest.raises(SteerError, match=r"adapter_config\.json: received"):
         getattr(target, f"_by_{route}")()
 
 

@@ -42,8 +42,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     values = read_json(path)
     _check_method(values.get("peft_type"), path)
-    if {"cls", "self"} & values.keys():
-        raise ConfigError(f"{path}: received {shorten(values)}, expected the config of a PEFT adapter.")
+    _check_arguments(values, path)
     values.pop("runtime_config", None)  # as PEFT does
     return values
 
@@ -82,6 +81,7 @@ def _reading(read: Any) -> Any:
             raise _no_config(path_json_file, f"JSON of type {type(values).__name__}")
         if "peft_type" in values:
             _check_method(values["peft_type"], path_json_file)
+        _check_arguments(values, path_json_file)
         return values
 
     return from_json_file
@@ -109,6 +109,12 @@ def _check_method(peft_type: object, path: str | Path) -> None:
             f"{path}: received `peft_type` {shorten(peft_type)}, expected a method of PEFT {peft.__version__} or of "
             "an imported package that adds one. Upgrade PEFT, import that package, or download the adapter again."
         )
+
+
+def _check_arguments(values: dict[str, Any], path: str | Path) -> None:
+    """PEFT passes them to methods of the config by keyword."""
+    if {"cls", "self"} & values.keys():
+        raise ConfigError(f"{path}: received {shorten(values)}, expected the config of a PEFT adapter.")
 
 
 def _no_config(path: str | Path, what: object) -> ConfigError:
