@@ -48,8 +48,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def names_us(path: str | Path) -> bool:
-    """Whether a config file says that it is a steering vector's. It may be of any size: it is neither parsed nor
-    copied."""
+    """Whether a config file says that it is a steering vector's; of any size, for it is neither parsed nor copied."""
     if not os.path.isfile(path) or not os.path.getsize(path):
         return False
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
