@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from steer_adapter.extras import require
+from steer_adapter.sharing.loading import load_library
 from steer_adapter.tuner import SteerConfig, SteerLayer, SteerModel
 from steer_adapter.tuner.combine import add_weighted_adapter
-from steer_adapter.tuner.library import load_library
 from steer_adapter.tuner.registration import register
 from steer_adapter.tuner.strength import set_adapters, set_multiplier, steering
 from steer_adapter.tuner.swap import swap_vector

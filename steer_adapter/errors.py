@@ -11,6 +11,13 @@ class ConfigError(SteerError):
     """A [`SteerConfig`] (or a saved one) holds a value that can't be used."""
 
 
+class UnknownMethodError(ConfigError, KeyError):
+    """A saved config names no method that PEFT knows; a `KeyError`, as it is in PEFT."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would quote it
+
+
 class ModelError(SteerError):
     """A model can't be steered as asked: no decoder layers, another shape, a layer out of range."""
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import steered_by_hand
-from golden.make import INPUT, fixed_model
+from golden.make import PROMPT_LENGTH, fixed_model
+from golden.make import logits as logits_of
 from peft import PeftModel
+from torch import nn
 
+from steer_adapter import steering
 from steer_adapter.sharing.inspection import inspect_adapters
 from steer_adapter.sharing.loading import load_adapters
 
 
 GOLDEN = Path(__file__).parent / "golden"
-ADAPTERS = ["llama", "gpt2", "targets", "bfloat16", "library/calm", "library/blunt"]
+ARCHITECTURES = {"gpt2": "gpt2", "encoder": "t5"}
+ALL_TOKENS = ["llama", "gpt2", "targets", "bfloat16", "library/calm", "library/blunt", "encoder"]
+# Which of the six tokens a scope steers: the last of the four of the prompt predicts the first of the completion.
+SCOPES = {"prompt": [1, 1, 1, 0, 0, 0], "completion": [0, 0, 0, 1, 1, 1]}
+ADAPTERS = [*ALL_TOKENS, *SCOPES]
 
 
-def architecture(name: str) -> str:
-    return "gpt2" if name == "gpt2" else "llama"
+def base(name: str) -> nn.Module:
+    return fixed_model(ARCHITECTURES.get(name, "llama"))
 
 
 def expected(name: str) -> torch.Tensor:
@@ -29,14 +36,14 @@ def expected(name: str) -> torch.Tensor:
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(INPUT).logits[0, -1]
+    with steering(model, prompt_lengths=[PROMPT_LENGTH]):
+        return logits_of(model)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_they_load_by_peft(name):
-    model = fixed_model(architecture(name))
-    plain = logits(model)
+    model = base(name)
+    plain = logits_of(model)
     steered = logits(PeftModel.from_pretrained(model, GOLDEN / name))
     assert (steered - expected(name)).abs().max() <= 1e-5
     assert (steered - plain).abs().max() > 0.01
@@ -44,7 +51,7 @@ def test_they_load_by_peft(name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_they_load_by_transformers(name):
-    model = fixed_model(architecture(name))
+    model = base(name)
     model.load_adapter(str(GOLDEN / name))
     assert (logits(model) - expected(name)).abs().max() <= 1e-5
 
@@ -64,13 +71,36 @@ def read_by_the_page(folder: Path) -> tuple[float, dict[str, list[float]]]:
     return names["read_vectors"](folder)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+def steered_by_hand(model: nn.Module, deltas: dict[str, torch.Tensor]) -> None:
+    """Add `[H]` or `[T, H]` to what modules return."""
+    for path, delta in deltas.items():
+
+        def add(module: nn.Module, args: Any, output: Any, delta: torch.Tensor = delta) -> Any:
+            return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+
+        model.get_submodule(path).register_forward_hook(add)
+
+
+@pytest.mark.parametrize("name", ALL_TOKENS)
 def test_a_reader_written_from_the_page(name):
     multiplier, vectors = read_by_the_page(GOLDEN / name)
-    deltas = {int(module.rpartition(".")[2]): multiplier * torch.tensor(vector) for module, vector in vectors.items()}
-    model = fixed_model(architecture(name))
-    with steered_by_hand(model, deltas):
-        assert (logits(model) - expected(name)).abs().max() <= 1e-5
+    model = base(name)
+    steered_by_hand(model, {module: multiplier * torch.tensor(vector) for module, vector in vectors.items()})
+    assert (logits_of(model) - expected(name)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_a_vector_for_some_of_the_tokens(name, tmp_path):
+    with pytest.raises(ValueError, match="knows no positions"):
+        read_by_the_page(GOLDEN / name)
+    shutil.copytree(GOLDEN / name, tmp_path / name)
+    config = tmp_path / name / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"token_scope": "{name}"', '"token_scope": "all"'))
+    multiplier, vectors = read_by_the_page(tmp_path / name)
+    mask = torch.tensor(SCOPES[name], dtype=torch.float32)[:, None]
+    model = base(name)
+    steered_by_hand(model, {module: multiplier * mask * torch.tensor(vector) for module, vector in vectors.items()})
+    assert (logits_of(model) - expected(name)).abs().max() <= 1e-5
 
 
 def test_they_can_be_looked_at():

@@ -15,7 +15,8 @@ import torch
 from conftest import HIDDEN, make_model, random_vectors, set_vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from steer_adapter import SteerConfig
 from steer_adapter.errors import SteerError
@@ -24,8 +25,10 @@ from steer_adapter.sharing.inspection import inspect_adapters
 
 LAYERS = [1, 3]
 KEYS = [f"base_model.model.model.layers.{layer}.steering.steer_vector" for layer in LAYERS]
-# Of PEFT itself, which opens the config before it knows whose it is: not JSON, no object, no such method, too deep.
-PEFTS_OWN = (ValueError, KeyError, TypeError, RecursionError)
+ROUTES = ("from_pretrained", "load_adapter", "PeftConfig", "AutoPeftModel")
+# Of PEFT and transformers, which find a base model and its class by what the config says; and of PEFT, without a type.
+BASE_MODEL = (OSError, ValueError, AttributeError, ImportError)
+NO_TYPE = "missing required keys: {'peft_type'}"
 FUZZ = settings(
     max_examples=2600,
     deadline=5000,
@@ -39,25 +42,35 @@ class Target:
     """A folder with an adapter, a model, and what both must look like."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        model = get_peft_model(make_model(), SteerConfig(layers_to_transform=LAYERS, task_type="CAUSAL_LM"))
+        self.folder = folder / "adapter"
+        make_model().save_pretrained(folder / "base")
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = get_peft_model(model, SteerConfig(layers_to_transform=LAYERS, task_type="CAUSAL_LM"))
         set_vectors(model, random_vectors(LAYERS))
-        model.save_pretrained(folder)
+        model.save_pretrained(self.folder)
         self.config = json.loads(self.path("config.json").read_text())
         self.weights = self.path("model.safetensors").read_bytes()
         self.model = make_model()
+        beside = SteerConfig(layers_to_transform=[1, 2, 3], task_type="CAUSAL_LM")
+        self.steered = get_peft_model(make_model(), beside)
         self.before = self.fingerprint()
 
-    def fingerprint(self) -> list[tuple[str, int, int]]:
-        """Changes with each write to a parameter, and with a new one."""
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]
+    def fingerprint(self) -> list[Any]:
+        """Changes with each write to a parameter, with a new one, a hook, an entry in PEFT's books."""
+        found: list[Any] = [dict(getattr(self.model, "peft_config", {})), dict(self.steered.peft_config)]
+        for model in (self.model, self.steered):
+            named = [*model.named_parameters(), *model.named_buffers()]
+            found += [(name, tensor.data_ptr(), tensor._version) for name, tensor in named]
+            found += [len(module._forward_hooks) for module in model.modules()]
+        return found
 
     def path(self, name: str) -> Path:
         return self.folder / f"adapter_{name}"
 
-    def load(self, config: bytes | None = None, weights: bytes | None = None) -> float | None:
-        """Write the files, load them by PEFT's route, and check that the model is whole.
+    def load(
+        self, config: bytes | None = None, weights: bytes | None = None, route: str = "from_pretrained"
+    ) -> float | None:
+        """Write the files, load them by one of PEFT's routes, and check that the models are whole.
 
         Returns the multiplier, or `None` after a clear error.
         """
@@ -68,28 +81,41 @@ class Target:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                steered = PeftModel.from_pretrained(self.model, self.folder)
-                vectors = [p for n, p in steered.named_parameters() if ".steering." in n]
-                assert vectors and all(torch.isfinite(v).all() and v.shape == (HIDDEN,) for v in vectors)
-                multiplier = steered.active_peft_config.multiplier
-                steered.unload()
+                multiplier = getattr(self, f"_by_{route}")()
         except SteerError as error:
             assert 10 < len(str(error)) < 4000
-        except PEFTS_OWN as error:
-            assert not is_ours(config), f"PEFT could see that it is a steering vector: {error!r}"
+        except TypeError as error:
+            assert NO_TYPE in str(error) and route in ("PeftConfig", "AutoPeftModel")
+        except BASE_MODEL:
+            assert route == "AutoPeftModel"
         assert self.fingerprint() == self.before
-        assert not getattr(self.model, "peft_config", None)
-        assert not any(module._forward_hooks for module in self.model.modules())
         assert sorted(path.name for path in self.folder.iterdir()) == files
         return multiplier
 
+    def _by_from_pretrained(self) -> float:
+        steered = PeftModel.from_pretrained(self.model, self.folder)
+        multiplier = arrived(steered, "default")
+        steered.unload()
+        return multiplier
 
-def is_ours(config: bytes | None) -> bool:
-    try:
-        value = json.loads(config or b"")
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and value.get("peft_type") == "STEER"
+    def _by_load_adapter(self) -> float:
+        self.steered.load_adapter(self.folder, "stranger")
+        multiplier = arrived(self.steered, "stranger")
+        self.steered.delete_adapter("stranger")
+        return multiplier
+
+    def _by_PeftConfig(self) -> float | None:
+        config = PeftConfig.from_pretrained(self.folder)
+        return config.multiplier if isinstance(config, SteerConfig) else None
+
+    def _by_AutoPeftModel(self) -> float:
+        return arrived(AutoPeftModelForCausalLM.from_pretrained(self.folder), "default")
+
+
+def arrived(steered: PeftModel, adapter: str) -> float:
+    vectors = [p for n, p in steered.named_parameters() if n.endswith(f".steer_vector.{adapter}")]
+    assert vectors and all(torch.isfinite(v).all() and v.shape == (HIDDEN,) for v in vectors)
+    return steered.peft_config[adapter].multiplier
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +145,22 @@ values = st.recursive(
 FIELDS = [
     "auto_mapping", "base_model_name_or_path", "format_version", "hidden_size", "inference_mode", "init_weights",
     "layers_to_transform", "model_type", "multiplier", "num_hidden_layers", "operation", "peft_type", "peft_version",
-    "provenance", "revision", "target_modules", "task_type", "self", "cls", "kwargs", "runtime_config", "unknown",
+    "provenance", "revision", "stack", "target_modules", "task_type", "token_scope", "self", "cls", "kwargs",
+    "runtime_config", "unknown",
 ]  # fmt: skip
 
 
 @given(
     changes=st.dictionaries(st.sampled_from(FIELDS), values, min_size=1, max_size=3),
     without=st.sets(st.sampled_from(FIELDS), max_size=1),
+    route=st.sampled_from(ROUTES),
 )
 @FUZZ
 @pytest.mark.slow
-def test_values_of_the_config(target: Target, changes: dict[str, Any], without: set[str]):
+def test_values_of_the_config(target: Target, changes: dict[str, Any], without: set[str], route: str):
     config = {key: value for key, value in {**target.config, **changes}.items() if key not in without}
-    assert target.load(config=json.dumps(config).encode()) in (None, config.get("multiplier", 1.0))
+    loaded = target.load(config=json.dumps(config).encode(), route=route)
+    assert loaded in (None, config.get("multiplier", 1.0))
 
 
 @st.composite
@@ -151,11 +180,11 @@ def mutated(draw: Any, original: bytes) -> bytes:
     return bytes(data)
 
 
-@given(data=st.data())
+@given(data=st.data(), route=st.sampled_from(ROUTES))
 @FUZZ
 @pytest.mark.slow
-def test_bytes_of_the_config(target: Target, data: Any):
-    target.load(config=data.draw(mutated(json.dumps(target.config).encode())))
+def test_bytes_of_the_config(target: Target, data: Any, route: str):
+    target.load(config=data.draw(mutated(json.dumps(target.config).encode())), route=route)
 
 
 sizes = st.one_of(st.integers(-1, 200), st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**30]))
@@ -190,25 +219,27 @@ keys = st.sampled_from(
     pairs=st.lists(st.tuples(keys, st.one_of(good, good, entries)), max_size=3),
     length=st.one_of(st.none(), st.none(), st.integers(0, 2**64 - 1)),
     body=st.sampled_from([0, 1, 128, 256, 257, 384]),
+    route=st.sampled_from(ROUTES[:2]),
 )
 @FUZZ
 @pytest.mark.slow
-def test_headers(target: Target, pairs: list[tuple[str, Any]], length: int | None, body: int):
+def test_headers(target: Target, pairs: list[tuple[str, Any]], length: int | None, body: int, route: str):
     # Written by hand: a key may stand there twice.
     header = "{" + ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in pairs) + "}"
     start = struct.pack("<Q", len(header) if length is None else length)
-    target.load(weights=start + header.encode() + bytes(body))
+    target.load(weights=start + header.encode() + bytes(body), route=route)
 
 
-@given(data=st.data())
+@given(data=st.data(), route=st.sampled_from(ROUTES[:2]))
 @FUZZ
 @pytest.mark.slow
-def test_bytes_of_the_weights(target: Target, data: Any):
-    target.load(weights=data.draw(mutated(target.weights)))
+def test_bytes_of_the_weights(target: Target, data: Any, route: str):
+    target.load(weights=data.draw(mutated(target.weights)), route=route)
 
 
-def test_what_is_whole_loads(target: Target):
-    assert target.load() is not None
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_is_whole_loads(target: Target, route: str):
+    assert target.load(route=route) == 1.0
 
 
 #####################
@@ -282,11 +313,47 @@ def test_a_head_that_came_along_does_not_overwrite_the_model(target: Target):
     ],
 )
 def test_configs_that_are_refused(target: Target, config: bytes):
-    assert target.load(config=config) is None
+    for route in ROUTES[:2]:
+        assert target.load(config=config, route=route) is None
+        with pytest.raises(SteerError):
+            getattr(target, f"_by_{route}")()
     with pytest.raises(SteerError):
         SteerConfig.from_pretrained(str(target.folder))
     (inspected,) = inspect_adapters(str(target.folder))[:1]
     assert "error" in inspected
+
+
+STEER = b'{"peft_type": "STEER", "a": '
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[1]", id="no object"),
+        pytest.param(b"null", id="nothing"),
+        pytest.param(b"\xff\xfe{}", id="not UTF-8"),
+        pytest.param(b'{"a": ' * 100_000, id="deep, of nobody"),
+        pytest.param(STEER + b"[" * 100_000 + b"]" * 100_000 + b"}", id="deep"),
+        pytest.param(STEER + b"[" * 40 + b"]" * 40 + b"}", id="deeper than we go"),
+        pytest.param(b'{"a": [' + b"[]," * 4_000_000 + b'1], "peft_type":"STEER"}', id="large"),
+        pytest.param(b'{"a":[' + b"[]," * 4_000_000 + rb'1],"peft\u005Ftype":"\u0053TEER"}', id="large, in escapes"),
+        pytest.param(STEER + b"9" * 5000 + b"}", id="integer"),
+        pytest.param(STEER + b'1, "a": 1}', id="twice"),
+        pytest.param(STEER + b'1, "self": 1}', id="self"),
+        pytest.param(STEER + b'1, "cls": 1}', id="cls"),
+        pytest.param(b'{"self": 1}', id="self, of nobody"),
+        pytest.param(b'{"cls": 1, "unknown": 2}', id="cls, of nobody"),
+        pytest.param(b'{"peft_type": ["STEER"]}', id="no name"),
+        pytest.param(b'{"peft_type": null}', id="null"),
+        pytest.param(b'{"peft_type": "STEERING"}', id="unknown"),
+    ],
+)
+def test_every_route_of_peft_refuses_them_with_an_error_of_ours(target: Target, config: bytes, route: str):
+    assert target.load(config=config, route=route) is None
+    with pytest.raises(SteerError, match=r"adapter_config\.json: received"):
+        getattr(target, f"_by_{route}")()
 
 
 @pytest.mark.parametrize(
@@ -305,15 +372,18 @@ def test_configs_that_are_refused(target: Target, config: bytes):
         dict(base_model_name_or_path=3),
         dict(provenance={"margins": {"1": {"margin": "much"}}}),
         dict(provenance={"a": {"b": {"c": {"d": {"e": 1}}}}}),
+        dict(auto_mapping={}),
+        dict(stack="x" * 100_000),
+        dict(stack="a\nb"),
+        dict(token_scope={}),
+        dict(auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": 3}),
     ],
 )
 def test_values_that_are_refused(target: Target, changes: dict[str, Any]):
-    assert target.load(config=json.dumps({**target.config, **changes}).encode()) is None
-    steered = get_peft_model(make_model(), SteerConfig(layers_to_transform=2, task_type="CAUSAL_LM"))
-    before = steered.state_dict().keys()
-    with pytest.raises(SteerError):
-        steered.load_adapter(target.folder, "second")
-    assert steered.state_dict().keys() == before and list(steered.peft_config) == ["default"]
+    for route in ROUTES[:2]:
+        assert target.load(config=json.dumps({**target.config, **changes}).encode(), route=route) is None
+        with pytest.raises(SteerError):
+            getattr(target, f"_by_{route}")()
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,8 +20,15 @@ from steer_adapter.tuner.facts import subfolders
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md", "run.yaml", "margins.png")
 
 
-def fetch(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+def fetch(
+    name: str, revision: str | None = None, token: str | bool | None = None, files: Sequence[str] = FILES
+) -> Path:
     """The folder itself, or that of the cache into which the adapters of a repository were fetched.
+
+    Args:
+        name: a folder or a Hub id.
+        revision, token: for the Hub.
+        files: those to fetch, by name, at any depth.
 
     Raises:
         ConfigError: it is neither a folder nor the name of a repository.
@@ -31,7 +39,7 @@ def fetch(name: str, revision: str | None = None, token: str | bool | None = Non
         return folder
     if os.path.exists(folder) or name.startswith((".", "/", "~")):
         raise ConfigError(f"{name}: received a path where there is no folder, expected an adapter or a Hub id.")
-    patterns = [*FILES, *(f"*/{file}" for file in FILES)]
+    patterns = [*files, *(f"*/{file}" for file in files)]  # `*` stands for slashes too
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except HFValidationError as error:

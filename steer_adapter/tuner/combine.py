@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from steer_adapter.errors import AdapterNameError, ConfigError
+from steer_adapter.files.json_file import shorten
 from steer_adapter.merging import COMBINATIONS, SIGN_COMBINATIONS, SPARSE_COMBINATIONS
 
 from .config import SteerConfig
@@ -114,12 +114,14 @@ def _check_weights(weights: Sequence[float] | None, count: int, method: str) -> 
     if method == "mean":
         raise ConfigError(f"`weights`: received {weights!r}, expected None: the mean has no weights.")
     try:
-        numbers = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"`weights`: received {weights!r}, expected {count} finite numbers, one for each adapter.")
-    return torch.tensor(numbers)
+        numbers = torch.tensor([float(weight) for weight in weights])
+    except (TypeError, ValueError, OverflowError):
+        numbers = torch.tensor([])
+    if len(numbers) != count or not numbers.isfinite().all():
+        raise ConfigError(
+            f"`weights`: received {shorten(weights)}, expected {count} finite numbers (float32), one for each adapter."
+        )
+    return numbers
 
 
 def _check_method(method: str, density: float | None, sign_method: str) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 from huggingface_hub import constants, file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from steer_adapter.decoder import Decoder
 from steer_adapter.errors import ConfigError, ModelError, VectorError
-from steer_adapter.files.json_file import read_json, shorten
+from steer_adapter.files.json_file import shorten
 from steer_adapter.files.names import same_model
 
+from .config_file import read_config
 from .config_values import FORMAT_VERSION, check_values
 from .facts import renew_cards
 from .provenance import versions
@@ -136,14 +136,9 @@ class SteerConfig(PeftConfig):
         """The object in a config file.
 
         Raises:
-            ConfigError: it is no config of an adapter, or see [`~steer_adapter.files.json_file.read_json`].
+            ConfigError: see [`~steer_adapter.tuner.config_file.read_config`].
         """
-        values = read_json(path_json_file)
-        known = isinstance(values.get("peft_type"), str) and values["peft_type"] in PEFT_TYPE_TO_CONFIG_MAPPING
-        if not known or {"cls", "self"} & values.keys():
-            raise ConfigError(f"{path_json_file}: received {shorten(values)}, expected the config of a PEFT adapter.")
-        values.pop("runtime_config", None)  # as PEFT does
-        return values
+        return read_config(path_json_file)
 
     @property
     def is_saved(self) -> bool:
@@ -229,7 +224,7 @@ def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str,
         return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def note_transfer(made_for: str | None, model_name: str | None) -> None:
     """Say once that a vector is put on another checkpoint than the one it was made for."""
     if not same_model(made_for, model_name):

@@ -42,7 +42,7 @@ def check_values(config: SteerConfig) -> None:
     _check_scope(config)
     _check_size("hidden_size", config.hidden_size, MAX_HIDDEN_SIZE)
     _check_size("num_hidden_layers", config.num_hidden_layers, MAX_TARGETS)
-    for name in ("base_model_name_or_path", "revision", "model_type", "peft_version"):
+    for name in ("base_model_name_or_path", "revision", "model_type", "peft_version", "stack"):
         _check_text(name, getattr(config, name))
     for name in ("init_weights", "inference_mode"):
         if not isinstance(getattr(config, name), bool):
@@ -102,8 +102,11 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _check_auto_mapping(mapping: object) -> None:
-    if mapping is not None and not (isinstance(mapping, dict) and all(isinstance(v, str) for v in mapping.values())):
-        raise ConfigError(f"`auto_mapping`: received {shorten(mapping)}, expected names of a class and a package.")
+    if mapping is None:
+        return
+    names = ("base_model_class", "parent_library")
+    if not isinstance(mapping, dict) or not all(isinstance(mapping.get(name), str) for name in names):
+        raise ConfigError(f"`auto_mapping`: received {shorten(mapping)}, expected texts for {list(names)}, or None.")
 
 
 def _check_targets(config: SteerConfig) -> None:

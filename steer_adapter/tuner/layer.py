@@ -143,11 +143,10 @@ class SteerLayer(nn.Module, BaseTunerLayer):
             names = [name for name in asked.multipliers if self.operations[name] == operation]
             vectors = [self.checked_vector(name).to(hidden_states.device) for name in names]
             multipliers = [asked.multipliers[name].to(hidden_states.device) for name in names]
-            if operation == "add" and asked.picked is not None:
-                vectors.append(asked.picked)
-                multipliers.append(torch.ones((), device=hidden_states.device))
             if vectors:
                 hidden_states = apply(hidden_states, vectors, multipliers)
+        if asked.picked is not None:  # of operation `add`; a row that names one of these names no other, so it adds 0
+            hidden_states = hidden_states + asked.picked.to(hidden_states.dtype)
         return hidden_states
 
     def _asked(self, hidden_states: torch.Tensor, layer_input: torch.Tensor | None) -> Asked:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import snapshot_download
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from tqdm.auto import tqdm
 
 from steer_adapter.decoder import Decoder, find_decoder
-from steer_adapter.errors import AdapterNameError, ConfigError, ModelError, SteerError, VectorError
+from steer_adapter.errors import AdapterNameError, ModelError
 
 from .config import SteerConfig
 from .layer import SteerLayer, steer_layers
 from .positions import note_ranks
-from .request import BASE
-from .saved import layer_of, read_vectors
 from .targets import decoder_of
 
 
@@ -33,8 +26,9 @@ InScope = Callable[[torch.Tensor, str], torch.Tensor]
 class Library:
     """Named vectors for one shape of model, in one tensor.
 
-    Made by [`load_library`]. `attach` puts it on a model, and `steering(model, adapter_names=[...])` picks from it, a
-    vector for each row. Nothing is added to `peft_config`, and choosing costs the same whatever the number of vectors.
+    Made by [`~steer_adapter.load_library`]. `attach` puts it on a model, and `steering(model, adapter_names=[...])`
+    picks from it, a vector for each row. Nothing is added to `peft_config`, and choosing costs the same whatever the
+    number of vectors.
 
     Attributes:
         table: `[V, H]` float32, all vectors of all layers.
@@ -165,54 +159,3 @@ class LibraryLayer:
             for row, (name, number) in enumerate(zip(names, numbers, strict=True))
         ]
         return library.table[rows.clamp(min=0)] * (torch.stack(strengths) * here)[:, None]
-
-
-def load_library(
-    dir_or_repo: str | os.PathLike[str], revision: str | None = None, token: str | None = None
-) -> Library:
-    """Load every vector below a folder, or in a repository of the Hub, into one [`Library`].
-
-    Args:
-        dir_or_repo: a folder with saved adapters, one per subfolder at any depth, or the id of such a repository. An
-            adapter is named by its path inside, e.g. `"cheerful"` or `"customers/1234"`.
-        revision: of the repository.
-        token: for a private repository.
-
-    Raises:
-        SteerError: there is no adapter, or one of them is damaged, of another kind, or for a model of another shape.
-    """
-    root = Path(dir_or_repo)
-    if not root.is_dir():
-        patterns = [f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
-        root = Path(snapshot_download(str(dir_or_repo), revision=revision, token=token, allow_patterns=patterns))
-    configs, vectors = {}, {}
-    for folder in tqdm(sorted(_adapters(root)), desc="Loading vectors", unit="", leave=False):
-        name = folder.relative_to(root).as_posix()
-        if name in (".", BASE):
-            raise AdapterNameError(
-                f"{folder}: received an adapter named {name!r}, expected each in a folder of its own."
-            )
-        configs[name], vectors[name] = _read(folder)
-    if not configs:
-        raise VectorError(f"{dir_or_repo}: received no {CONFIG_NAME} in any subfolder, expected saved vectors.")
-    return Library(configs, vectors)
-
-
-def _adapters(root: Path) -> Iterator[Path]:
-    for folder, _, files in os.walk(root):
-        if CONFIG_NAME in files:
-            yield Path(folder)
-
-
-def _read(folder: Path) -> tuple[SteerConfig, dict[int, torch.Tensor]]:
-    config = SteerConfig.from_pretrained(str(folder))
-    if not isinstance(config, SteerConfig):
-        raise ConfigError(f"{folder}: received an adapter of type {config.peft_type}, expected steering vectors.")
-    if (
-        config.operation != "add"
-        or config.target_modules is not None
-        or not isinstance(config.layers_to_transform, list)
-    ):
-        raise SteerError(f"{folder}: a library takes vectors with operation 'add' and layers_to_transform only.")
-    tensors = read_vectors(folder / SAFETENSORS_WEIGHTS_NAME, config.hidden_size or 0, config.layers_to_transform)
-    return config, {layer_of(key): tensor for key, tensor in tensors.items()}

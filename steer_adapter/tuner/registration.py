@@ -1,4 +1,5 @@
-"""The one place that touches PEFT's registry: adds `STEER` to its closed enum of methods and to its tables."""
+"""The one place that touches PEFT's registry: adds `STEER` to its closed enum of methods and to its
+tables, and has files that name it read with care."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from peft.utils import PeftType, register_peft_method
 from steer_adapter.errors import SteerError
 
 from .config import SteerConfig
+from .config_file import guard_reading
 from .model import SteerModel
 
 
@@ -30,6 +32,7 @@ def register() -> None:
         )
     _extend_peft_type()
     register_peft_method(name=NAME.lower(), config_cls=SteerConfig, model_cls=SteerModel)
+    guard_reading()
 
 
 def _extend_peft_type() -> None:

@@ -12,9 +12,13 @@ import torch
 from torch import nn
 
 from steer_adapter.errors import AdapterNameError, ConfigError, ModelError
+from steer_adapter.files.json_file import shorten
 
 from .layer import SteerLayer, steer_layers
 from .request import BASE, Request, Value, requested
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def set_multiplier(model: nn.Module, value: float, adapter_name: str | None = None) -> None:
@@ -26,12 +30,13 @@ def set_multiplier(model: nn.Module, value: float, adapter_name: str | None = No
         adapter_name (`str`, *optional*): whose multiplier; by default that of all active vectors.
 
     Raises:
-        ConfigError: the value is not a finite number.
+        ConfigError: the value is not a finite number, or too large for float32.
         AdapterNameError: there is no vector of this name.
         ModelError: the model carries no steering vector.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ConfigError(f"`value`: received {value!r}, expected a finite number.")
+    # Compared before it is converted: an integer may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= _LARGEST:
+        raise ConfigError(f"`value`: received {shorten(value)}, expected a finite number (float32).")
     layers = _layers(model)
     names = sorted({name for layer in layers for name in layer.steer_vector})
     if adapter_name is not None and adapter_name not in names:
@@ -58,15 +63,16 @@ def set_adapters(model: nn.Module, multipliers: Mapping[str, float]) -> None:
     if not isinstance(multipliers, Mapping) or not multipliers:
         raise AdapterNameError(f"`multipliers`: received {multipliers!r}, expected {{name: multiplier}}.")
     _check_names(layers, multipliers, with_library=False)
-    for name, value in multipliers.items():
-        if isinstance(_value(value, f"multipliers[{name!r}]"), torch.Tensor):
-            raise ConfigError(f"`multipliers[{name!r}]`: received {value!r}, expected a finite number.")
+    values = {name: _value(value, f"multipliers[{name!r}]") for name, value in multipliers.items()}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            raise ConfigError(f"`multipliers[{name!r}]`: received {multipliers[name]!r}, expected a finite number.")
     names = list(multipliers)
     trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
     owners = [module for module in model.modules() if getattr(type(module), "tuner_layer_cls", None) is SteerLayer]
     for owner in owners or layers:
         owner.set_adapter(names, inference_mode=not trains)
-    for name, value in multipliers.items():
+    for name, value in values.items():
         set_multiplier(model, value, name)
 
 
@@ -178,10 +184,10 @@ def _value(value: Any, what: str) -> Value:
     """A float, or `[B]` float32; a tensor keeps its graph."""
     try:
         tensor = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         tensor = torch.tensor(math.nan)
     if isinstance(value, (bool, str)) or tensor.ndim > 1 or not tensor.numel() or not tensor.isfinite().all():
-        raise ConfigError(f"`{what}`: received {value!r}, expected a finite number, or one for each row.")
+        raise ConfigError(f"`{what}`: received {shorten(value)}, expected a finite number, or one for each row.")
     return tensor if tensor.ndim else float(value)
 
 

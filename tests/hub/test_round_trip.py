@@ -200,6 +200,24 @@ def test_a_library(owner, stranger, tmp_path):
         stranger.run("load_adapters(base(), 'user/library', names=['../calm'])")
 
 
+def test_a_library_of_thousands_fetches_the_vectors_alone(hub, stranger, tmp_path):
+    for path, seed in (("calm", 1), ("customers/17", 2)):
+        save_vector(tmp_path / path, seed=seed)
+    names = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+    files = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.name in names}
+    repo = hub.repos["user/personas"] = type(hub).new_repo()
+    repo.commit("main", {name: path.read_bytes() for name, path in files.items()})
+    first = len(hub.requests)
+    stranger.run("from steer_adapter import load_library; library = load_library('user/personas')")
+    assert stranger.run("result = library.names") == ["calm", "customers/17"]
+    for name, seed in (("calm", 1), ("customers/17", 2)):
+        received = stranger.run(f"result = {{k: v.tolist() for k, v in library[{name!r}].items()}}")
+        wanted = random_vectors(LAYERS, seed=seed)
+        assert all(torch.equal(torch.tensor(received[str(layer)]), wanted[layer]) for layer in LAYERS)
+    fetched = [path for _, path in hub.requests[first:] if "/resolve/" in path]
+    assert len(fetched) >= 4 and not any("README" in path for path in fetched)
+
+
 def test_the_card_on_the_hub(hub, owner, stranger, tmp_path):
     save_vector(tmp_path)
     push(owner, tmp_path, "user/card")

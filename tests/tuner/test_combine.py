@@ -92,6 +92,8 @@ def test_pefts_methods(model, method):
         ((["default"], 1.0, "both"), ConfigError, "expected 1 finite numbers"),
         ((["default"], [1.0, 2.0], "both"), ConfigError, "expected 1 finite numbers"),
         ((["default"], [float("nan")], "both"), ConfigError, "finite"),
+        ((["default"], [1e39], "both"), ConfigError, "expected 1 finite numbers"),
+        ((["default"], [10**400], "both"), ConfigError, "expected 1 finite numbers"),
         ((["default"], [1.0], "both", "svd"), ConfigError, "`combination_type`: received 'svd'"),
         ((["default"], [1.0], "both", "ties"), ConfigError, r"`density`: received None, expected a share"),
         ((["default"], [1.0], "both", "linear", 0.5), ConfigError, "`density`: received 0.5, expected None"),

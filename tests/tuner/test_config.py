@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from steer_adapter import SteerConfig
 from steer_adapter.decoder import Decoder
 from steer_adapter.errors import ConfigError, ModelError, VectorError
+from steer_adapter.tuner.config import note_transfer
 
 
 DECODER = Decoder(names=tuple(f"layers.{i}" for i in range(6)), hidden_size=8, model_type="llama")
@@ -145,6 +146,12 @@ def test_another_checkpoint_of_the_same_shape_is_said_once(adapter_dir, caplog):
         PeftModel.from_pretrained(model, adapter_dir)
     said = [record.getMessage() for record in caplog.records if "org/made-for" in record.getMessage()]
     assert len(said) == 1 and "org/put-on" in said[0] and "transfers" in said[0]
+
+
+def test_what_was_said_is_not_remembered_for_ever():
+    for number in range(1000):
+        note_transfer(f"org/model-{number}", f"org/model-{number}")
+    assert note_transfer.cache_info().currsize < 1000
 
 
 def test_the_same_model_by_another_path_is_not_another(adapter_dir, caplog):

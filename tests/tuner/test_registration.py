@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 from peft import mapping
@@ -46,3 +49,31 @@ def test_a_foreign_method_of_this_name_is_not_overwritten(monkeypatch):
     with pytest.raises(SteerError, match="PEFT already has a method 'STEER'.*ForeignConfig"):
         register()
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.STEER] is foreign
+
+
+CHANGES = """
+import sys, json, peft, transformers
+
+def classes():
+    found = {
+        value for name, module in list(sys.modules.items()) for value in list(vars(module).values())
+        if name.partition(".")[0] in ("peft", "transformers") and isinstance(value, type)
+    }
+    return {kind: dict(vars(kind)) for kind in found if kind.__module__.partition(".")[0] in ("peft", "transformers")}
+
+before = classes()
+import steer_adapter
+changed = {}
+for kind, values in classes().items():
+    names = [n for n, v in values.items() if kind in before and before[kind].get(n) is not v]
+    if names:
+        changed[kind.__qualname__] = sorted(names)
+print(json.dumps(changed))
+"""
+
+
+def test_importing_changes_no_class_but_the_enum_and_who_reads_an_unknown_config():
+    result = subprocess.run([sys.executable, "-c", CHANGES], check=True, capture_output=True, text=True)
+    changed = json.loads(result.stdout.splitlines()[-1])
+    assert set(changed) == {"PeftType", "PeftConfig"}
+    assert changed["PeftConfig"] == ["_get_peft_type", "_reads_steering_vectors", "from_json_file"]

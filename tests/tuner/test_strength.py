@@ -50,12 +50,18 @@ def test_on_a_plain_transformers_model(model, input_ids, tmp_path):
         assert (plain(input_ids).logits - wanted).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), "1", None, True])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), "1", None, True, 1e39, -1e39, pytest.param(10**400, id="10**400")]
+)
 def test_a_value_that_is_no_finite_number_changes_nothing(model, input_ids, value):
     with torch.no_grad():
         before = model(input_ids).logits
         with pytest.raises(ConfigError, match="expected a finite number"):
             set_multiplier(model, value)
+        with pytest.raises(ConfigError, match="expected a finite number"):
+            set_adapters(model, {"default": value})
+        with pytest.raises(ConfigError, match="expected a finite number"), steering(model, {"default": value}):
+            pass
         assert torch.equal(model(input_ids).logits, before)
 
 
