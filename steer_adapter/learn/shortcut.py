@@ -186,17 +186,18 @@ def _fixed_positions(model: nn.Module, longest: int | None) -> bool:
 def _open_cache(trainer: BiPOTrainer, model: Any, layers: list[nn.Module]) -> StateCache:
     args = trainer.args
     output = Path(args.output_dir)
-    # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
-    shared = output / ".prefix" if trainer.accelerator.num_processes > 1 else None
-    folder = Path(args.prefix_cache_dir).expanduser() if args.prefix_cache_dir else shared
-    if folder is not None:
+    folder = None
+    if args.prefix_cache_dir or trainer.accelerator.num_processes > 1:
         precision = trainer.accelerator.mixed_precision
-        folder /= fingerprint(model, layer=len(layers), autocast=precision, ld_alpha=args.ld_alpha)
+        name = fingerprint(model, layer=len(layers), autocast=precision, ld_alpha=args.ld_alpha)
+        # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
+        kept = args.prefix_cache_dir
+        folder = Path(kept).expanduser() / name if kept else output / f".prefix-{name}"
     memory = int(args.prefix_cache_memory * 1e9)
     cache = StateCache(folder, memory, output, keeps=args.prefix_cache_dir is not None)
     output.mkdir(parents=True, exist_ok=True)
     if _meets_all(trainer):
-        states = sum(_lengths(trainer.train_dataset, args.max_length))
+        states = sum(lengths(trainer.train_dataset, args.max_length))
         cache.check_room(states * text_config(model).hidden_size * model.dtype.itemsize)
     return cache
 
@@ -207,7 +208,8 @@ def _meets_all(trainer: BiPOTrainer) -> bool:
     return values[-1] >= values[1]
 
 
-def _lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
+def lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
+    """How many states each pair has in the cache at most, of a dataset that DPOTrainer has tokenized."""
     for rows in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):
         for texts in zip(*rows.values(), strict=True):
             prompt, chosen, rejected = map(len, texts)
