@@ -31,7 +31,7 @@ class Shape:
         layer: the parameters of the largest decoder layer.
         outside: the parameters outside the decoder layers: embeddings, head.
         above: what a token's activations above the first steered layer take, kept for the backward pass.
-        working: the largest state of a token that a layer makes while it runs.
+        working: what a layer makes of a token while it runs, three of its widest states.
         logits: one chunk of logits, with what is made of them.
         state: one state in the cache.
     """
@@ -63,25 +63,24 @@ def shape_of(config: Any, layers: list[int], dtype: torch.dtype) -> Shape:
         dtype: of the model.
 
     Raises:
-        ConfigError: there are no such layers.
-        ModelError: the architecture does not run without weights.
+        ModelError: there are no such layers, or the architecture does not run without weights.
     """
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     decoder = find_decoder(base)
-    model = get_peft_model(base, SteerConfig(layers_to_transform=layers))
     blocks = [base.get_submodule(name) for name in decoder.names]
     sizes = [_bytes(block) for block in blocks]
-    weights, width = _bytes(base), text_config(base)
-    kept, widest = _activations(model, base, blocks)
+    weights = _bytes(base)
+    widest = max(size for block in blocks for parameter in block.parameters() for size in parameter.shape)
+    get_peft_model(base, SteerConfig(layers_to_transform=layers))
     return Shape(
         weights=weights,
         layer=max(sizes),
         outside=weights - sum(sizes),
-        above=kept,
-        working=widest,
+        above=_activations(base),
+        working=3 * widest * dtype.itemsize,
         # Logits and their gradient in the dtype, and two copies in float32.
-        logits=CHUNK * width.vocab_size * (2 * dtype.itemsize + 8),
+        logits=CHUNK * text_config(base).vocab_size * (2 * dtype.itemsize + 8),
         state=decoder.hidden_size * dtype.itemsize,
     )
 
@@ -90,8 +89,8 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _activations(model: nn.Module, base: Any, blocks: list[nn.Module]) -> tuple[int, int]:
-    """Bytes a token: what autograd keeps of a forward, and the largest tensor in it.
+def _activations(model: Any) -> int:
+    """Bytes a token of what autograd keeps of a forward.
 
     Scores of attention, which grow with the square of the tokens, are left out: kernels for GPUs keep none.
     """
@@ -107,18 +106,15 @@ def _activations(model: nn.Module, base: Any, blocks: list[nn.Module]) -> tuple[
         return tensor
 
     alive: list[torch.Tensor] = []
-    backbone = base.base_model
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     # A whole mask, as prompts that are shared have: of another the model would look at the values.
     mask = torch.ones(1, 1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device="meta")
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     except (RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{type(base).__name__}: it does not run without weights ({error}).") from error
-    widest = max((m.out_features for block in blocks for m in block.modules() if isinstance(m, nn.Linear)), default=0)
-    itemsize = next(base.parameters()).dtype.itemsize
-    return sum(kept.values()) // PROBE_TOKENS, 3 * widest * itemsize
+        raise ModelError(f"{type(model).__name__}: it does not run without weights ({error}).") from error
+    return sum(kept.values()) // PROBE_TOKENS
 
 
 def plan(shape: Shape, sizes: list[int], batch: int, processes: int, memory: int) -> dict[str, Need]:

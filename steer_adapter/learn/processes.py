@@ -21,7 +21,8 @@ def is_sharded(model: nn.Module) -> bool:
 def agreed(model: nn.Module, find: Callable[[], T]) -> T:
     """What the first process finds, for all of them.
 
-    Before FSDP shards a model the others may hold no weights; of one that is sharded already, all must run the forward.
+    Before FSDP shards a model the others may hold no weights; of one that is sharded already, all must run the
+    forward.
     """
     state = PartialState()
     if state.num_processes == 1 or is_sharded(model):

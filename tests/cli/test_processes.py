@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def two(command: list[str], output: str, logs: str) -> list[str]:
     printed = []
     for rank in "01":
         files = [f"{folder}/{name}" for folder, _, names in os.walk(logs) for name in names if folder.endswith(rank)]
-        printed.append("".join(open(file).read() for file in sorted(files) if not file.endswith(".json")))
+        printed.append("".join(Path(file).read_text() for file in sorted(files) if not file.endswith(".json")))
     return printed
 
 

@@ -53,11 +53,19 @@ run.train()
 run.save_model(str(folder / "final"))
 (folder / f"seen{{run.args.process_index}}.json").write_text(json.dumps(seen))
 """
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+TORCHRUN = [
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "--rdzv_backend",
+    "c10d",
+    "--rdzv_endpoint",
+    "localhost:0",
+]
 # On a CPU its launcher of several processes is behind the option for several GPUs; `use_cpu` says where they run.
 ACCELERATE = [
-    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-    "--mixed_precision", "no", "--dynamo_backend", "no",
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 
 
@@ -113,7 +121,9 @@ def test_two_processes(tmp_path, launcher, cached):
             # Two pairs are recorded by both, for the comparison with a forward without the cache.
             assert len(set(mine["put"]) & set(other["put"])) <= 2 and len(mine["put"]) < len(everything)
             assert set(mine["read"]) - set(mine["put"]), "what the other recorded"
-    assert not list((two / "out").glob(".prefix*")) and bool(list((two / "kept").rglob("*.safetensors"))) == (cached == "kept")
+    assert not list((two / "out").glob(".prefix*")) and bool(list((two / "kept").rglob("*.safetensors"))) == (
+        cached == "kept"
+    )
 
     resumed = trainer(two, make_model(), max_steps=6)
     resumed.train(resume_from_checkpoint=str(two / "out" / "checkpoint-3"))
