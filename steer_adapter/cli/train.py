@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from trl import TrlParser
 
 from steer_adapter.data import as_conversations, is_conversational, load_pairs
@@ -27,6 +29,7 @@ from steer_adapter.tuner.facts import renew_cards
 
 from .models import DTYPES, chat_or_plain, is_adapter, load_model, load_tokenizer
 from .output import check_output, remove_if_empty, written_whole
+from .processes import all_of, one_speaks
 from .run_file import run_options, write_run_file
 
 
@@ -112,12 +115,17 @@ def _apply_recipe(argv: Sequence[str], parser: TrlParser) -> str | None:
 def run(argv: Sequence[str]) -> None:
     """The command."""
     arguments, config = parse(argv)
+    speaks = one_speaks()
     output = check_output(arguments.output, arguments.overwrite or config.resume_from_checkpoint is not None)
+    PartialState().wait_for_everyone()  # until all have looked, nothing is written there
     try:
         learn(arguments, config, output)
     finally:
-        remove_if_empty(config.output_dir)
-        remove_if_empty(output)
+        if speaks:
+            remove_if_empty(config.output_dir)
+            remove_if_empty(output)
+    if not speaks:
+        return
     # The vector's own config names the base model, without the LoRA that it was trained on.
     model = f" --model {arguments.model}" if is_adapter(arguments.model) else ""
     print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output}{model} --prompt '...'")
@@ -129,10 +137,14 @@ def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
     if arguments.method == "mean-difference":
         trainer.provenance["method"] = arguments.method
         begin_record(trainer)
-        fit_mean_difference(trainer.model, trainer.get_train_dataloader(), trainer.adapter_name)
+        fit_mean_difference(trainer.model, all_of(trainer, trainer.train_dataset), trainer.adapter_name)
     else:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     sweeps = measure(trainer, arguments.method) if arguments.eval_data is not None else {}
+    if not PartialState().is_main_process:
+        with tempfile.TemporaryDirectory() as nowhere:  # it takes part where a vector is gathered, and writes nothing
+            trainer.save_model(nowhere)
+        return
     with kept_if_edited(output) as edited:
         with written_whole(output) as beside:
             trainer.save_model(str(beside))
@@ -148,7 +160,8 @@ def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
 def measure(trainer: BiPOTrainer, method: str) -> dict[str, Sweep]:
     """Evaluate on the held-out pairs and record the margins, for the card."""
     trainer.evaluate()
-    result = sweep(trainer.model, list(trainer.get_eval_dataloader()), progress=not trainer.args.disable_tqdm)
+    progress = not trainer.args.disable_tqdm and PartialState().is_main_process
+    result = sweep(trainer.model, all_of(trainer, trainer.eval_dataset), progress=progress)
     record_sweep(trainer.model.peft_config[trainer.adapter_name], result)
     return {method: result}
 
@@ -175,7 +188,8 @@ def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
         chat = is_conversational(dataset[0]) or chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt)
         return as_conversations(dataset, arguments.system_prompt) if chat else dataset
 
-    if not is_conversational(train[0]) and chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt):
+    plain = not is_conversational(train[0])
+    if plain and chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt) and one_speaks():
         print(
             "The pairs are put into the model's chat template (--chat off leaves them as plain text).", file=sys.stderr
         )

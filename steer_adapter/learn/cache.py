@@ -46,7 +46,7 @@ class Entry:
     reference: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for each pair
 class _Place:
     """Where an entry is in the files."""
 

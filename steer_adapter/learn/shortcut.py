@@ -23,6 +23,7 @@ from .cache import StateCache, fingerprint
 from .forward import random_parts
 from .prefix import Prefix
 from .prefix_cache import PrefixCache
+from .processes import agreed, is_sharded
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def prefix_cache(trainer: BiPOTrainer, model: Any) -> PrefixCache | None:
         return None
     reason = why_not(trainer, model)
     if reason is not None:
-        logger.warning("The prefix cache is off: %s.", reason)
+        if trainer.accelerator.is_main_process:
+            logger.warning("The prefix cache is off: %s.", reason)
         return None
     layers, forward = frozen_layers(model), trainer.pair_forward
     if forward is None:  # one of the reasons
@@ -87,15 +89,25 @@ def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
         return
     batch = trainer.data_collator(list(islice(trainer.train_dataset, 2)))
     device = trainer.accelerator.device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     args = trainer.args
     runs_again = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
     if any(layer.is_scoped for layer in steer_layers(model)):
         reason: str | None = "a vector does not act on all tokens"
     elif _random(model):
         reason = f"{_random(model)} draws random numbers"
+    elif is_sharded(model):
+        reason = "the model is sharded"
     else:
-        reason = forward.find_out_what_is_exact(model, inputs, runs_again)
+
+        def look() -> tuple[str | None, bool, bool, bool]:
+            found = forward.find_out_what_is_exact(model, inputs, runs_again)
+            # A model that is yet to be sharded runs elsewhere than it is now.
+            return found, forward.shares, forward.by_pair and device.type == "cpu", forward.narrows
+
+        reason, forward.shares, forward.by_pair, forward.narrows = agreed(model, look)
+    if not trainer.accelerator.is_main_process:
+        return
     if reason is not None:
         logger.warning("Chosen and rejected don't share their prompt: %s.", reason)
     elif forward.window < (trainer.args.max_length or float("inf")):
@@ -111,7 +123,7 @@ def why_not(trainer: BiPOTrainer, model: Any) -> str | None:
         ),
         "the pairs come in a stream": not isinstance(trainer.train_dataset, Dataset),
         "the data collator is not TRL's": not isinstance(trainer.data_collator, DataCollatorForPreference),
-        "the model is sharded": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+        "the model is sharded": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded(model),
         "router_aux_loss_coef asks for the routers of all layers": trainer.aux_loss_enabled,
         f"{_random(model)} draws random numbers": bool(_random(model)),
         "the vector does not act on all tokens": active.token_scope != "all",
@@ -174,17 +186,18 @@ def _fixed_positions(model: nn.Module, longest: int | None) -> bool:
 def _open_cache(trainer: BiPOTrainer, model: Any, layers: list[nn.Module]) -> StateCache:
     args = trainer.args
     output = Path(args.output_dir)
-    # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
-    shared = output / ".prefix" if trainer.accelerator.num_processes > 1 else None
-    folder = Path(args.prefix_cache_dir).expanduser() if args.prefix_cache_dir else shared
-    if folder is not None:
+    folder = None
+    if args.prefix_cache_dir or trainer.accelerator.num_processes > 1:
         precision = trainer.accelerator.mixed_precision
-        folder /= fingerprint(model, layer=len(layers), autocast=precision, ld_alpha=args.ld_alpha)
+        name = fingerprint(model, layer=len(layers), autocast=precision, ld_alpha=args.ld_alpha)
+        # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
+        kept = args.prefix_cache_dir
+        folder = Path(kept).expanduser() / name if kept else output / f".prefix-{name}"
     memory = int(args.prefix_cache_memory * 1e9)
     cache = StateCache(folder, memory, output, keeps=args.prefix_cache_dir is not None)
     output.mkdir(parents=True, exist_ok=True)
     if _meets_all(trainer):
-        states = sum(_lengths(trainer.train_dataset, args.max_length))
+        states = sum(lengths(trainer.train_dataset, args.max_length))
         cache.check_room(states * text_config(model).hidden_size * model.dtype.itemsize)
     return cache
 
@@ -195,7 +208,8 @@ def _meets_all(trainer: BiPOTrainer) -> bool:
     return values[-1] >= values[1]
 
 
-def _lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
+def lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
+    """How many states each pair has in the cache at most, of a dataset that DPOTrainer has tokenized."""
     for rows in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):
         for texts in zip(*rows.values(), strict=True):
             prompt, chosen, rejected = map(len, texts)
