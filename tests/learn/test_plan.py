@@ -57,7 +57,7 @@ def test_the_later_the_layer_the_less_is_kept():
 def test_the_cache_is_what_training_asks_room_for(tmp_path, monkeypatch):
     asked, written = [], []
     put = StateCache.put
-    monkeypatch.setattr(StateCache, "check_room", lambda self, size: asked.append(size))
+    monkeypatch.setattr(StateCache, "check_room", lambda self, size, others: asked.append(size))
     monkeypatch.setattr(
         StateCache, "put", lambda self, key, entry: (written.append(entry.states.nbytes), put(self, key, entry))[1]
     )
