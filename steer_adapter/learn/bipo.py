@@ -8,7 +8,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -36,14 +35,11 @@ from .carriers import (
 )
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
 from .forward import install
-from .mean_difference import hidden_states
 from .prefix_trainer import PrefixTrainer
-from .processes import agreed
 from .provenance import begin_record, finish_record, start_record
 
 
 logger = logging.getLogger(__name__)
-PROBE_PAIRS = 8
 
 
 class BiPOTrainer(PrefixTrainer):
@@ -150,23 +146,11 @@ class BiPOTrainer(PrefixTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
-        norms = self._state_norms()
+        norms = begin_record(self)
         self._mean_norms = {name: float(values.mean()) for name, values in norms.items()}
         if self.args.learning_rate is None:
             self.args.learning_rate = self._find_learning_rate(norms)
-        begin_record(self)
         return self.train_above(innermost(self.model), *args, **kwargs)
-
-    def _state_norms(self) -> dict[str, torch.Tensor]:
-        """Norms of the states that enter the steering of each layer, at the tokens of a few pairs."""
-        return agreed(self.model, self._measured_norms)
-
-    def _measured_norms(self) -> dict[str, torch.Tensor]:
-        batch = self.data_collator(list(islice(self.train_dataset, PROBE_PAIRS)))
-        with torch.no_grad(), self.model.disable_adapter():
-            states = hidden_states(self.model, batch, steer_layers(self.model))
-        mask = batch["attention_mask"].bool()
-        return {name: state[mask.to(state.device)].float().norm(dim=-1).cpu() for name, state in states.items()}
 
     def _find_learning_rate(self, norms: dict[str, torch.Tensor]) -> float:
         median = float(torch.cat(list(norms.values())).median())

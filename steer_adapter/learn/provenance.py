@@ -58,19 +58,21 @@ def start_record(train_dataset: Any, eval_dataset: Any, seed: int) -> dict[str, 
     return record
 
 
-def begin_record(trainer: BiPOTrainer) -> None:
-    """Drop what was measured of the vector before it is trained, and record how strong the residual stream is."""
+def begin_record(trainer: BiPOTrainer) -> dict[str, torch.Tensor]:
+    """Drop what was measured of the vector before it is trained, and record how strong the residual stream is.
+
+    Returns:
+        see `state_norms`, the same in all processes.
+    """
     config = trainer.model.peft_config[trainer.adapter_name]
     config.provenance = {key: value for key, value in (config.provenance or {}).items() if key not in MEASURED}
-    _record_residual_norms(trainer)
+    norms = agreed(trainer.model, lambda: state_norms(trainer))
+    trainer.provenance["residual_norms"] = {_place(name): float(values.mean()) for name, values in norms.items()}
+    return norms
 
 
-def _record_residual_norms(trainer: BiPOTrainer) -> None:
-    """Mean |h| at each steered layer over the tokens of the first pairs, with the vector off."""
-    trainer.provenance["residual_norms"] = agreed(trainer.model, lambda: _residual_norms(trainer))
-
-
-def _residual_norms(trainer: BiPOTrainer) -> dict[str, float]:
+def state_norms(trainer: BiPOTrainer) -> dict[str, torch.Tensor]:
+    """|h| at the tokens of the first pairs, where it enters the steering of each layer, with the vector off."""
     model, training = trainer.model, trainer.model.training
     layers = {
         name: module
@@ -85,9 +87,7 @@ def _residual_norms(trainer: BiPOTrainer) -> dict[str, float]:
     finally:
         model.train(training)
     mask = batch["attention_mask"].bool()
-    return {
-        _place(name): float(state[mask.to(state.device)].float().norm(dim=-1).mean()) for name, state in states.items()
-    }
+    return {name: state[mask.to(state.device)].float().norm(dim=-1).cpu() for name, state in states.items()}
 
 
 def _place(name: str) -> str:

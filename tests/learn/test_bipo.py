@@ -16,6 +16,7 @@ from trl import DPOConfig
 from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
 from steer_adapter.errors import ConfigError, DataError, ModelError
 from steer_adapter.learn.directions import draw_direction
+from steer_adapter.learn.provenance import state_norms
 
 
 pytestmark = [
@@ -279,7 +280,7 @@ def test_the_same_seed_gives_the_same_vector(tmp_path):
 def test_the_learning_rate_is_found(tmp_path):
     short, long = (trainer(tmp_path, learning_rate=None, max_steps=steps) for steps in (4, 16))
     short.train()
-    assert short.args.learning_rate == pytest.approx(2 * long._find_learning_rate(long._state_norms()), rel=1e-5)
+    assert short.args.learning_rate == pytest.approx(2 * long._find_learning_rate(state_norms(long)), rel=1e-5)
 
 
 def test_a_stream_of_pairs(tmp_path):

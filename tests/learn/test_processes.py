@@ -115,8 +115,9 @@ AcceleratorState._shared_state["fsdp_plugin"] = plugin
 for state in (PartialState, AcceleratorState):
     state._shared_state["distributed_type"] = DistributedType.FSDP
 run.is_fsdp_enabled = True
-measured = run._measured_norms
-run._measured_norms = lambda: measured() if run.is_world_process_zero() else 1 / 0  # without weights there
+from steer_adapter.learn import provenance
+measured = provenance.state_norms
+provenance.state_norms = lambda run: measured(run) if run.is_world_process_zero() else 1 / 0  # without weights there
 run.train(*resume)
 names = [type(m).__name__ for m in run.model.modules()]
 assert names.count("FSDPLlamaDecoderLayer") == 4 and names[0] == "FSDPPeftModel", names
