@@ -76,3 +76,9 @@ def test_fit(folder, base_dir, tmp_path):
     other.num_hidden_layers = 9
     other.save_pretrained(tmp_path / "nine")
     assert "num_hidden_layers=4" in fit(report, str(tmp_path / "nine"))
+
+
+def test_one_whose_config_can_not_be_read_is_there_too(folder):
+    (folder / "calm" / "adapter_config.json").write_text("{")
+    first, second = inspect_adapters(str(folder))
+    assert "error" not in first and second["name"] == "calm" and "can't be read as JSON" in second["error"]
