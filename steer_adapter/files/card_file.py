@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,10 +119,10 @@ def _with_tags(data: Mapping[str, Any], ours: Mapping[str, Any], tags: Any = Non
 
 
 def _write(path: Path, data: Mapping[str, Any], text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
-        beside.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.strip()}\n")
-    os.chmod(beside.name, 0o644)
-    os.replace(beside.name, path)
+    beside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    with open(beside, "x", encoding="utf-8") as file:  # of a mode that follows the umask
+        file.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.strip()}\n")
+    os.replace(beside, path)
 
 
 def _digest(text: str) -> str:
