@@ -201,9 +201,12 @@ def test_an_edited_card_survives_overwriting(argv, tmp_path, capsys):
     assert cli.main(argv) == 0
     readme = tmp_path / "out" / "README.md"
     assert f"adapter = {str(tmp_path / 'out')!r}" in readme.read_text()
-    readme.write_text("# Mine\n")
-    assert cli.main([*argv, "--overwrite"]) == 0
-    assert readme.read_text() == "# Mine\n" and "README.md was edited" in capsys.readouterr().err
+    for text in ("# Mine\n", "---\n{[\n---\n", "---\ntags: 3\n---\n"):
+        readme.write_text(text)
+        (tmp_path / "out" / "adapter_model.safetensors").unlink()
+        assert cli.main([*argv, "--overwrite"]) == 0
+        assert readme.read_text() == text and "README.md was edited" in capsys.readouterr().err
+        assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     readme.unlink()
     assert cli.main([*argv, "--overwrite"]) == 0
     assert "# A steering vector" in readme.read_text()

@@ -88,9 +88,11 @@ def test_checkpoints_and_the_folder_above_them(tmp_path):
     assert "# A steering vector" in (tmp_path / "checkpoint-1" / "README.md").read_text()
 
 
-def test_a_card_that_was_edited_survives_byte_for_byte(tmp_path):
+@pytest.mark.parametrize("text", ["---\ntags: [mine]\n---\n# Mine  \n", "---\n{[\n---\n", "---\ntags: 3\n---\n"])
+def test_a_card_that_was_edited_survives_byte_for_byte(tmp_path, text):
     run = trainer(tmp_path, save_strategy="no")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("---\ntags: [mine]\n---\n# Mine  \n")
+    (tmp_path / "out" / "README.md").write_text(text)
     run.save_model(str(tmp_path / "out"))
-    assert (tmp_path / "out" / "README.md").read_text() == "---\ntags: [mine]\n---\n# Mine  \n"
+    assert (tmp_path / "out" / "README.md").read_text() == text
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
