@@ -12,6 +12,7 @@ from torch import nn
 
 from steer_adapter.errors import ModelError
 from steer_adapter.tuner import SteerLayer
+from steer_adapter.tuner.state_dict import whole
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _arrival(
     adapter: str, name: str, layer: SteerLayer, seen: tuple[torch.Tensor, torch.Tensor] | None, finite: bool
 ) -> Arrival:
     with layer.at_hand():
-        vector, multiplier = layer.steer_vector[adapter].detach(), layer.multipliers[adapter]
+        vector, multiplier = whole(layer.steer_vector[adapter].detach()), layer.multipliers[adapter]
     dose = float("nan")
     if seen is not None:
         dose = float((multiplier * vector).norm() / seen[0].float().norm(dim=-1).mean())

@@ -62,7 +62,11 @@ def test_format(tmp_path, monkeypatch):
         assert {f"base_model.model.{module}.steering.steer_vector": v for module, v in vectors.items()} == wanted
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs" / "how_to").glob("*.md")))
+SLOW = ("scale.md",)  # it starts processes
+PAGES = sorted(path.name for path in (ROOT / "docs" / "how_to").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PAGES])
 def test_how_to(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(f"docs/how_to/{page}")

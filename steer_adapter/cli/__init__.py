@@ -14,13 +14,14 @@ from steer_adapter.extras import require
 COMMANDS = {
     "demo": ("steer_adapter.demo.command", "train, steer and measure on a small real model; needs no arguments"),
     "train": ("steer_adapter.cli.train", "learn a steering vector from preference pairs"),
+    "plan": ("steer_adapter.cli.plan", "say what memory and disk training needs, without loading the model"),
     "generate": ("steer_adapter.cli.generate", "answer a prompt at several multipliers"),
     "inspect": ("steer_adapter.cli.inspect", "say what is in adapters, without loading a model"),
     "push": ("steer_adapter.cli.push", "upload an adapter, or a library of them, to the Hub"),
     "import": ("steer_adapter.cli.import_", "make an adapter of a bare .pt vector"),
 }
 # Optional packages that a command's module imports, and the extra that brings them.
-NEEDS = {"demo": (("trl", "demo"), ("matplotlib", "demo")), "train": (("trl", "train"),)}
+NEEDS = {"demo": (("trl", "demo"), ("matplotlib", "demo")), "train": (("trl", "train"),), "plan": (("trl", "train"),)}
 
 
 def usage() -> str:

@@ -50,5 +50,7 @@ def _absolute(name: str, value: Any) -> Any:
     """Files by their whole path, so that the folder one is in does not matter."""
     if name not in _PATHS or value is None:
         return value
+    if isinstance(value, list):  # one vector is made of one file
+        (value,) = value
     path = os.path.expanduser(value)
     return os.path.abspath(path) if name == "output" or os.path.exists(path) else value

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from accelerate import PartialState
 from trl import TrlParser
 
 from steer_adapter.data import as_conversations, is_conversational, load_pairs
@@ -22,12 +24,15 @@ from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
 from steer_adapter.learn.mean_difference import fit_mean_difference
 from steer_adapter.learn.provenance import begin_record
 from steer_adapter.learn.recipes import RECIPES
+from steer_adapter.learn.together import trainers_together
 from steer_adapter.tuner import SteerConfig
 from steer_adapter.tuner.facts import renew_cards
 
 from .models import DTYPES, chat_or_plain, is_adapter, load_model, load_tokenizer
 from .output import check_output, remove_if_empty, written_whole
+from .processes import all_of, one_speaks
 from .run_file import run_options, write_run_file
+from .vectors import Vector, comparison, vectors_of
 
 
 @dataclass
@@ -35,13 +40,21 @@ class TrainArguments:
     """What to train, on what, and where to."""
 
     model: str = field(metadata={"help": "Folder or Hub id of the model to steer; it may be a LoRA adapter."})
-    data: str = field(metadata={"help": "Preference pairs: .jsonl, .json, .csv or .parquet, or a dataset's Hub id."})
-    layers: list[int] = field(metadata={"help": "Decoder layers to steer, from 0, or from the end if negative."})
-    output: str = field(metadata={"help": "Folder for the adapter."})
+    data: list[str] = field(
+        metadata={
+            "help": "Preference pairs: .jsonl, .json, .csv or .parquet, or a dataset's Hub id; each makes a vector."
+        }
+    )
+    layers: list[str] = field(
+        metadata={
+            "help": "Decoder layers to steer, from 0, or from the end if negative; each:8-20 makes a vector for each."
+        }
+    )
+    output: str = field(metadata={"help": "Folder for the adapter; of several, each gets a folder in it."})
     method: str = field(
         default="bipo", metadata={"help": "How to learn the vector.", "choices": ["bipo", "mean-difference"]}
     )
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out pairs, as --data."})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "Held-out pairs, one for each in --data."})
     prompt_column: str = field(default="prompt", metadata={"help": "Name of the column with the prompts."})
     chosen_column: str = field(default="chosen", metadata={"help": "Name of the column with the chosen answers."})
     rejected_column: str = field(default="rejected", metadata={"help": "Name of the column with the rejected ones."})
@@ -71,7 +84,7 @@ class TrainArguments:
     )
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig]:
+def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig, list[Vector]]:
     """Read the command line and its `--config` file. Ends the program with code 2 on wrong usage."""
     parser = TrlParser(
         (TrainArguments, BiPOConfig),
@@ -96,7 +109,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig]:
         )
     if "--output_dir" not in argv and "--output-dir" not in argv and config.output_dir == "trainer_output":
         config.output_dir = str(Path(train_arguments.output).expanduser() / "checkpoints")
-    return train_arguments, config
+    try:
+        vectors = vectors_of(train_arguments.data, train_arguments.layers, train_arguments.eval_data)
+    except ConfigError as error:
+        parser.error(str(error))
+    return train_arguments, config, vectors
 
 
 def _apply_recipe(argv: Sequence[str], parser: TrlParser) -> str | None:
@@ -111,28 +128,82 @@ def _apply_recipe(argv: Sequence[str], parser: TrlParser) -> str | None:
 
 def run(argv: Sequence[str]) -> None:
     """The command."""
-    arguments, config = parse(argv)
+    arguments, config, vectors = parse(argv)
+    speaks = one_speaks()
+    _check(arguments, config, vectors)
     output = check_output(arguments.output, arguments.overwrite or config.resume_from_checkpoint is not None)
+    PartialState().wait_for_everyone()  # until all have looked, nothing is written there
     try:
-        learn(arguments, config, output)
+        learn_all(arguments, config, output, vectors)
     finally:
-        remove_if_empty(config.output_dir)
-        remove_if_empty(output)
+        if speaks:
+            for folder in (*(Path(config.output_dir) / vector.name for vector in vectors), config.output_dir, output):
+                remove_if_empty(folder)
+    if not speaks:
+        return
+    if len(vectors) > 1:
+        print(f"{comparison(output)}\nThe adapters are in {output}, each in a folder of its name.")
+        return
     # The vector's own config names the base model, without the LoRA that it was trained on.
     model = f" --model {arguments.model}" if is_adapter(arguments.model) else ""
     print(f"The adapter is in {output}. Try it: steer-adapter generate --adapter {output}{model} --prompt '...'")
 
 
-def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
-    """Train and write the adapter."""
-    trainer = make_trainer(arguments, config)
+def _check(arguments: TrainArguments, config: BiPOConfig, vectors: list[Vector]) -> None:
+    if arguments.method == "mean-difference" and config.resume_from_checkpoint:
+        raise ConfigError("Received --resume_from_checkpoint with --method mean-difference, which has no checkpoints.")
+    if arguments.data_sha256 is not None and len({vector.data for vector in vectors}) > 1:
+        raise ConfigError("Received --data-sha256 with several --data, expected one: it is the hash of one file.")
+
+
+def learn_all(arguments: TrainArguments, config: BiPOConfig, output: Path, vectors: list[Vector]) -> None:
+    """Train and write each adapter; those of the same pairs share what is frozen."""
+    loaded = {vector.data: _load_data(arguments, vector) for vector in vectors}
+    model, tokenizer = load_model(arguments.model, arguments.dtype), load_tokenizer(arguments.model)
+    for source, pairs in loaded.items():
+        own = {vector.name: vector for vector in vectors if vector.data == source}
+        if config.resume_from_checkpoint and len(vectors) > 1:
+            own = {name: vector for name, vector in own.items() if not _is_done(output / name)}
+        chat = chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt)
+        if chat and not is_conversational(pairs[0][0]) and one_speaks():
+            print(f"{source}: put into the model's chat template (--chat off leaves it as it is).", file=sys.stderr)
+        train, held_out = (_formatted(dataset, chat, arguments.system_prompt) for dataset in pairs)
+        configs = {name: _steer_config(arguments, vector.layers) for name, vector in own.items()}
+        datasets = dict(train_dataset=train, eval_dataset=held_out, processing_class=tokenizer)
+        for name, trainer in trainers_together(model, configs, config, **datasets) if own else ():
+            if len(vectors) > 1 and one_speaks():
+                print(f"{name}:", file=sys.stderr)
+            _name_sources(trainer, own[name], arguments.data_sha256)
+            learn(trainer, _arguments_of(arguments, own[name]), output / name)
+
+
+def _arguments_of(arguments: TrainArguments, vector: Vector) -> TrainArguments:
+    """Those that make one of the vectors alone."""
+    held_out = None if vector.eval_data is None else [vector.eval_data]
+    return replace(arguments, layers=cast(Any, vector.layers), data=[vector.data], eval_data=held_out)
+
+
+def _is_done(folder: Path) -> bool:
+    """Whether an interrupted run has finished the vector of this folder: its config is written last."""
+    done = (folder / "adapter_config.json").exists()
+    if done:
+        print(f"{folder}: it is there already and is left as it is.", file=sys.stderr)
+    return done
+
+
+def learn(trainer: BiPOTrainer, arguments: TrainArguments, output: Path) -> None:
+    """Train and write one adapter."""
     if arguments.method == "mean-difference":
         trainer.provenance["method"] = arguments.method
         begin_record(trainer)
-        fit_mean_difference(trainer.model, trainer.get_train_dataloader(), trainer.adapter_name)
+        fit_mean_difference(trainer.model, all_of(trainer, trainer.train_dataset), trainer.adapter_name)
     else:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     sweeps = measure(trainer, arguments.method) if arguments.eval_data is not None else {}
+    if not PartialState().is_main_process:
+        with tempfile.TemporaryDirectory() as nowhere:  # it takes part where a vector is gathered, and writes nothing
+            trainer.save_model(nowhere)
+        return
     with kept_if_edited(output) as edited:
         with written_whole(output) as beside:
             trainer.save_model(str(beside))
@@ -148,7 +219,8 @@ def learn(arguments: TrainArguments, config: BiPOConfig, output: Path) -> None:
 def measure(trainer: BiPOTrainer, method: str) -> dict[str, Sweep]:
     """Evaluate on the held-out pairs and record the margins, for the card."""
     trainer.evaluate()
-    result = sweep(trainer.model, list(trainer.get_eval_dataloader()), progress=not trainer.args.disable_tqdm)
+    progress = not trainer.args.disable_tqdm and PartialState().is_main_process
+    result = sweep(trainer.model, all_of(trainer, trainer.eval_dataset), progress=progress)
     record_sweep(trainer.model.peft_config[trainer.adapter_name], result)
     return {method: result}
 
@@ -159,55 +231,39 @@ def options(arguments: TrainArguments, trainer: BiPOTrainer) -> dict[str, Any]:
     return run_options(found, trainer.args, BiPOConfig(output_dir=trainer.args.output_dir))
 
 
-def make_trainer(arguments: TrainArguments, config: BiPOConfig) -> BiPOTrainer:
-    """Load the data and the model, and put a vector on it."""
+def _load_data(arguments: TrainArguments, vector: Vector) -> tuple[Any, Any]:
     columns = {name: getattr(arguments, f"{name}_column") for name in ("prompt", "chosen", "rejected")}
     drop_bad = arguments.drop_bad_pairs
-    train = load_pairs(arguments.data, columns, drop_bad=drop_bad)
-    held_out = load_pairs(arguments.eval_data, columns, drop_bad=drop_bad) if arguments.eval_data else None
-    if arguments.method == "mean-difference" and config.resume_from_checkpoint:
-        raise ConfigError("Received --resume_from_checkpoint with --method mean-difference, which has no checkpoints.")
-    model, tokenizer = load_model(arguments.model, arguments.dtype), load_tokenizer(arguments.model)
+    train = load_pairs(vector.data, columns, drop_bad=drop_bad)
+    return train, load_pairs(vector.eval_data, columns, drop_bad=drop_bad) if vector.eval_data else None
 
-    def formatted(dataset: Any) -> Any:
-        if dataset is None:
-            return None
-        chat = is_conversational(dataset[0]) or chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt)
-        return as_conversations(dataset, arguments.system_prompt) if chat else dataset
 
-    if not is_conversational(train[0]) and chat_or_plain(tokenizer, arguments.chat, arguments.system_prompt):
-        print(
-            "The pairs are put into the model's chat template (--chat off leaves them as plain text).", file=sys.stderr
-        )
+def _formatted(dataset: Any, chat: bool, system_prompt: str | None) -> Any:
+    if dataset is None or not (chat or is_conversational(dataset[0])):
+        return dataset
+    return as_conversations(dataset, system_prompt)
+
+
+def _steer_config(arguments: TrainArguments, layers: list[int]) -> SteerConfig:
     known = {"license": arguments.license, "behavior": arguments.behavior}
     if is_adapter(arguments.model):
         known["trained_on"] = _name_of(arguments.model)
-    steer_config = SteerConfig(
-        layers_to_transform=arguments.layers,
+    return SteerConfig(
+        layers_to_transform=layers,
         multiplier=arguments.multiplier,
         task_type="CAUSAL_LM",
         provenance={name: value for name, value in known.items() if value is not None},
     )
-    trainer = BiPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=formatted(train),
-        eval_dataset=formatted(held_out),
-        processing_class=tokenizer,
-        peft_config=steer_config,
-    )
-    _name_sources(trainer, arguments)
-    return trainer
 
 
-def _name_sources(trainer: BiPOTrainer, arguments: TrainArguments) -> None:
+def _name_sources(trainer: BiPOTrainer, vector: Vector, sha256: str | None) -> None:
     data = trainer.provenance["data"]
-    data["source"] = _name_of(arguments.data)
-    if arguments.eval_data is not None:
-        trainer.provenance["held_out"]["source"] = _name_of(arguments.eval_data)
-    if arguments.data_sha256 not in (None, data["sha256"]):
+    data["source"] = _name_of(vector.data)
+    if vector.eval_data is not None:
+        trainer.provenance["held_out"]["source"] = _name_of(vector.eval_data)
+    if sha256 not in (None, data["sha256"]):
         raise DataError(
-            f"{arguments.data}: the pairs have the SHA-256 {data['sha256']}, expected {arguments.data_sha256}. They "
+            f"{vector.data}: the pairs have the SHA-256 {data['sha256']}, expected {sha256}. They "
             "are not those that the run was made with; leave out --data-sha256 to train on them all the same."
         )
 

@@ -22,6 +22,7 @@ from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.log_probs import known_prompts
 from steer_adapter.sharing.push import push_adapters
 from steer_adapter.tuner import SteerConfig
+from steer_adapter.tuner.state_dict import whole
 
 from .bipo_config import BiPOConfig
 from .carriers import (
@@ -37,6 +38,7 @@ from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange
 from .forward import install
 from .mean_difference import hidden_states
 from .prefix_trainer import PrefixTrainer
+from .processes import agreed
 from .provenance import begin_record, finish_record, start_record
 
 
@@ -157,6 +159,9 @@ class BiPOTrainer(PrefixTrainer):
 
     def _state_norms(self) -> dict[str, torch.Tensor]:
         """Norms of the states that enter the steering of each layer, at the tokens of a few pairs."""
+        return agreed(self.model, self._measured_norms)
+
+    def _measured_norms(self) -> dict[str, torch.Tensor]:
         batch = self.data_collator(list(islice(self.train_dataset, PROBE_PAIRS)))
         with torch.no_grad(), self.model.disable_adapter():
             states = hidden_states(self.model, batch, steer_layers(self.model))
@@ -212,7 +217,9 @@ class BiPOTrainer(PrefixTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             layers = steer_layers(self.model)
-            norms = {n: float(layer.steer_vector[self.adapter_name].detach().norm()) for n, layer in layers.items()}
+            norms = {
+                n: float(whole(layer.steer_vector[self.adapter_name].detach()).norm()) for n, layer in layers.items()
+            }
             logs["vector_norm"] = sum(norms.values()) / len(norms)
             logs["dose"] = sum(norm / self._mean_norms[name] for name, norm in norms.items()) / len(norms)
         super().log(logs, start_time)
@@ -239,8 +246,19 @@ class BiPOTrainer(PrefixTrainer):
     # Saving #
     ##########
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See [`~transformers.Trainer.save_model`]. Of a sharded model the vector alone is gathered."""
+        if not self.accelerator.is_fsdp2:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The adapter and its card: no tokenizer, no pickled arguments, no other adapters."""
+        if state_dict == {} and not self.args.should_save:
+            return  # DeepSpeed gathers for the first process alone
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         folder = output_dir or self.args.output_dir
         finish_record(self)

@@ -46,7 +46,7 @@ class Entry:
     reference: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for each pair
 class _Place:
     """Where an entry is in the files."""
 
@@ -136,8 +136,12 @@ class StateCache:
             if file not in self._files:
                 self._index(file)
 
-    def check_room(self, size: int) -> None:
+    def check_room(self, size: int, others: int = 0) -> None:
         """See that there is room for `size` bytes more, before anything is computed.
+
+        Args:
+            size: bytes that will be put here.
+            others: bytes that others will put on the same disk.
 
         Raises:
             OutputError: there is not, with how much is needed.
@@ -146,9 +150,9 @@ class StateCache:
             return
         where = self.folder or self.beside
         free = shutil.disk_usage(where).free
-        if size > free:
+        if size + others > free:
             raise OutputError(
-                f"{where}: the cache of the frozen layers needs {_gigabytes(size)}, and the disk has "
+                f"{where}: the cache of the frozen layers needs {_gigabytes(size + others)}, and the disk has "
                 f"{_gigabytes(free)} free. Put it elsewhere with prefix_cache_dir, raise prefix_cache_memory, or "
                 "switch it off with prefix_cache=False."
             )

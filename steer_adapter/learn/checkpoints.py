@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 BESIDE = ".incomplete-checkpoint"
 STATE = "trainer_state.json"
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE)
+SHARDED_OPTIMIZER = "optimizer.bin"  # what accelerate writes in the place of the optimizer's file under FSDP
 
 
 @contextmanager
@@ -80,7 +81,9 @@ def last_complete(run_folder: Path) -> Path | None:
 
 def damage(folder: Path) -> str | None:
     """What keeps a checkpoint from being resumed from, in a few words; None if nothing does."""
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    optimizer = SHARDED_OPTIMIZER if (folder / SHARDED_OPTIMIZER).is_file() else NEEDED[1]
+    needed = (NEEDED[0], optimizer, *NEEDED[2:])
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         return f"it has no {missing[0]}"
     name = NEEDED[0]
@@ -88,7 +91,7 @@ def damage(folder: Path) -> str | None:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 file.get_tensor(key)
-        for name in ("optimizer.pt", "scheduler.pt"):
+        for name in (optimizer, "scheduler.pt"):
             torch.load(folder / name, map_location="cpu", weights_only=True)
         name = STATE
         json.loads((folder / name).read_text(encoding="utf-8"))["global_step"]

@@ -33,19 +33,20 @@ class Prefix:
 
     @contextmanager
     def recording(self) -> Iterator[list[torch.Tensor]]:
-        """Collect the states `[R, N, H]` that enter the steering, of each forward inside."""
+        """Collect the states `[R, N, H]` that the last of the layers returns, not steered, in each forward inside."""
         seen: list[torch.Tensor] = []
         self._shapes = [None] * len(self.layers)
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
 
                 def look(_: nn.Module, args: Any, output: Any, index: int = index) -> None:
-                    self._shapes[index] = len(output) if isinstance(output, (tuple, list)) else None
+                    whole = isinstance(output, torch.Tensor)
+                    self._shapes[index] = None if whole else len(output)
+                    if index == len(self.layers) - 1:
+                        seen.append((output if whole else output[0]).detach())
 
-                stack.callback(layer.register_forward_hook(look).remove)
-            steering = self.layers[-1].steering
-            hook = steering.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-            stack.callback(hook.remove)
+                # Before the hook that steers.
+                stack.callback(layer.register_forward_hook(look, prepend=True).remove)
             yield seen
 
     @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -28,10 +28,19 @@ class PrefixCache:
         cache: where entries live.
         reference: the reference log-probabilities of a batch `[2B, T]`, chosen and rejected, `[B]` each, by a forward
             of the model with the vector off.
+        others: layers that are recorded along, for trainers that come later.
     """
 
-    def __init__(self, forward: PairForward, prefix: Prefix, cache: StateCache, reference: Reference) -> None:
+    def __init__(
+        self,
+        forward: PairForward,
+        prefix: Prefix,
+        cache: StateCache,
+        reference: Reference,
+        others: Sequence[tuple[Prefix, StateCache]] = (),
+    ) -> None:
         self.forward, self.prefix, self.cache, self.reference = forward, prefix, cache, reference
+        self.recorded = [(prefix, cache), *others]
         self.active = False
         self._entries: list[Entry] = []
         forward.prefix = prefix
@@ -40,7 +49,7 @@ class PrefixCache:
         """Record every batch that holds a pair not known yet, as a whole: a pair's numbers depend on its neighbors,
         and are the same however often a build is interrupted."""
         for batch in tqdm(batches, total=total, desc="Caching the frozen layers", unit="batch", disable=silent):
-            if any(key not in self.cache for key in keys_of(batch)):
+            if any(key not in cache for _, cache in self.recorded for key in keys_of(batch)):
                 self._record(batch)
 
     def ensure(self, batch: Batch) -> None:
@@ -81,20 +90,21 @@ class PrefixCache:
         return float(((received - wanted).abs() / wanted.abs().clamp(min=1)).max())
 
     def close(self) -> None:
-        """Let go of the model and of what is not to be kept."""
+        """Let go of the model."""
         self.forward.prefix = None
-        self.cache.close()
 
     def _record(self, batch: Batch) -> None:
-        with self.prefix.recording() as seen:
+        with ExitStack() as stack:
+            seen = [stack.enter_context(prefix.recording()) for prefix, _ in self.recorded]
             reference = torch.stack(self.reference(batch), dim=1).double().cpu()
         layout = self.forward.layout
-        if layout is None or len(seen) != 1:
-            raise RuntimeError(f"The forward of a batch met the steered layer {len(seen)} times, expected once.")
+        if layout is None or any(len(states) != 1 for states in seen):
+            raise RuntimeError(f"The forward of a batch met the steered layer {len(seen[0])} times, expected once.")
         sizes = [tree.size for tree in layout.trees]
-        parts = layout.gather(seen[0]).cpu().split(sizes)
-        for key, states, values in zip(keys_of(batch), parts, reference, strict=True):
-            self.cache.put(key, Entry(states.clone(), values.clone()))
+        for (_, cache), (states,) in zip(self.recorded, seen, strict=True):
+            parts = layout.gather(states).cpu().split(sizes)
+            for key, part, values in zip(keys_of(batch), parts, reference, strict=True):
+                cache.put(key, Entry(part.clone(), values.clone()))
 
     def _tokens(self) -> torch.Tensor:
         """The states of a batch, in the order of its trees."""

@@ -12,6 +12,7 @@ from torch import nn
 from .forward import PairForward
 from .prefix_cache import REFERENCE_COLUMNS, Batch, PrefixCache
 from .safe_trainer import SafeTrainer
+from .shared_states import SharedStates
 from .shortcut import prefix_cache, share_prompts
 
 
@@ -22,23 +23,28 @@ class PrefixTrainer(SafeTrainer):
     Attributes:
         pair_forward: what runs for preference batches, or None for a model that it can't serve. Set by the subclass.
         prefix_cache: the cache, while `train` runs with one.
+        shared_states: of a trainer that shares its pass over the data with others; closed by whoever made it.
     """
 
     pair_forward: PairForward | None = None
     prefix_cache: PrefixCache | None = None
+    shared_states: SharedStates | None = None
     adapter_name: str
     precompute_ref_logps: bool
 
     def train_above(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Train, by way of the cache where that is exact. `model` is the transformers model below all adapters."""
         share_prompts(self, model)
-        self.prefix_cache = prefix_cache(self, model)
+        states = self.shared_states or SharedStates()
         try:
+            self.prefix_cache = prefix_cache(self, model, states)
             return super().train(*args, **kwargs)
         finally:
             if self.prefix_cache is not None:
                 self.prefix_cache.close()
                 self.prefix_cache = None
+            if self.shared_states is None:
+                states.close()
 
     def reference_log_probs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Of chosen and rejected, `[B]` each, by a forward with the vector off."""

@@ -17,6 +17,7 @@ from steer_adapter.tuner import SteerLayer
 from steer_adapter.tuner.provenance import versions
 
 from .mean_difference import hidden_states
+from .processes import agreed
 
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ def begin_record(trainer: BiPOTrainer) -> None:
 
 def _record_residual_norms(trainer: BiPOTrainer) -> None:
     """Mean |h| at each steered layer over the tokens of the first pairs, with the vector off."""
+    trainer.provenance["residual_norms"] = agreed(trainer.model, lambda: _residual_norms(trainer))
+
+
+def _residual_norms(trainer: BiPOTrainer) -> dict[str, float]:
     model, training = trainer.model, trainer.model.training
     layers = {
         name: module
@@ -80,7 +85,7 @@ def _record_residual_norms(trainer: BiPOTrainer) -> None:
     finally:
         model.train(training)
     mask = batch["attention_mask"].bool()
-    trainer.provenance["residual_norms"] = {
+    return {
         _place(name): float(state[mask.to(state.device)].float().norm(dim=-1).mean()) for name, state in states.items()
     }
 

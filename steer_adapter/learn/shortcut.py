@@ -23,6 +23,8 @@ from .cache import StateCache, fingerprint
 from .forward import random_parts
 from .prefix import Prefix
 from .prefix_cache import PrefixCache
+from .processes import agreed, is_sharded
+from .shared_states import SharedStates
 
 
 if TYPE_CHECKING:
@@ -34,24 +36,30 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 HALF_TOLERANCE = 2e-2
 
 
-def prefix_cache(trainer: BiPOTrainer, model: Any) -> PrefixCache | None:
+def prefix_cache(trainer: BiPOTrainer, model: Any, states: SharedStates) -> PrefixCache | None:
     """The cache for a run of `trainer`, filled if the run meets all its pairs; None, with a line saying why, if a run
     by way of it would not be exact.
 
     Args:
         trainer: about to train.
         model: the transformers model below all adapters.
+        states: where entries live, also those of trainers that come later.
     """
     if not trainer.args.prefix_cache:
         return None
     reason = why_not(trainer, model)
     if reason is not None:
-        logger.warning("The prefix cache is off: %s.", reason)
+        if trainer.accelerator.is_main_process:
+            logger.warning("The prefix cache is off: %s.", reason)
         return None
-    layers, forward = frozen_layers(model), trainer.pair_forward
+    depth, forward = len(frozen_layers(model)), trainer.pair_forward
     if forward is None:  # one of the reasons
         return None
-    cached = PrefixCache(forward, Prefix(layers), _open_cache(trainer, model, layers), trainer.reference_log_probs)
+    _open(trainer, model, states, depth)
+    layers = decoder_layers(model)
+    recorded = {count: (Prefix(layers[:count]), cache) for count, cache in states.caches.items()}
+    own = recorded.pop(depth)
+    cached = PrefixCache(forward, *own, trainer.reference_log_probs, list(recorded.values()))
     try:
         if _is_exact(trainer, model, cached):
             _fill(trainer, cached)
@@ -87,15 +95,25 @@ def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
         return
     batch = trainer.data_collator(list(islice(trainer.train_dataset, 2)))
     device = trainer.accelerator.device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     args = trainer.args
     runs_again = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
     if any(layer.is_scoped for layer in steer_layers(model)):
         reason: str | None = "a vector does not act on all tokens"
     elif _random(model):
         reason = f"{_random(model)} draws random numbers"
+    elif is_sharded(model):
+        reason = "the model is sharded"
     else:
-        reason = forward.find_out_what_is_exact(model, inputs, runs_again)
+
+        def look() -> tuple[str | None, bool, bool, bool]:
+            found = forward.find_out_what_is_exact(model, inputs, runs_again)
+            # A model that is yet to be sharded runs elsewhere than it is now.
+            return found, forward.shares, forward.by_pair and device.type == "cpu", forward.narrows
+
+        reason, forward.shares, forward.by_pair, forward.narrows = agreed(model, look)
+    if not trainer.accelerator.is_main_process:
+        return
     if reason is not None:
         logger.warning("Chosen and rejected don't share their prompt: %s.", reason)
     elif forward.window < (trainer.args.max_length or float("inf")):
@@ -111,7 +129,7 @@ def why_not(trainer: BiPOTrainer, model: Any) -> str | None:
         ),
         "the pairs come in a stream": not isinstance(trainer.train_dataset, Dataset),
         "the data collator is not TRL's": not isinstance(trainer.data_collator, DataCollatorForPreference),
-        "the model is sharded": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled,
+        "the model is sharded": trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded(model),
         "router_aux_loss_coef asks for the routers of all layers": trainer.aux_loss_enabled,
         f"{_random(model)} draws random numbers": bool(_random(model)),
         "the vector does not act on all tokens": active.token_scope != "all",
@@ -130,13 +148,17 @@ def frozen_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ModelError: the vector is not on a decoder layer.
     """
-    modules = dict(model.named_modules())
-    layers = [modules[name] for name in find_decoder(model).names]
+    modules, layers = dict(model.named_modules()), decoder_layers(model)
     steered = {id(layer): i for i, layer in enumerate(layers) if _trains(getattr(layer, "steering", None))}
     everywhere = [m for m in modules.values() if _trains(getattr(m, "steering", None))]
     if not everywhere or any(id(module) not in steered for module in everywhere):
         raise ModelError("the vector is not on a decoder layer")
     return layers[: min(steered.values()) + 1]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """All of them, in their order."""
+    return [model.get_submodule(name) for name in find_decoder(model).names]
 
 
 def _trains(steering: Any) -> bool:
@@ -171,22 +193,32 @@ def _fixed_positions(model: nn.Module, longest: int | None) -> bool:
     return longest is not None and longest <= (limit or config.max_position_embeddings)
 
 
-def _open_cache(trainer: BiPOTrainer, model: Any, layers: list[nn.Module]) -> StateCache:
+def _open(trainer: BiPOTrainer, model: Any, states: SharedStates, depth: int) -> None:
+    """Open what is not open yet: for the trainer's own depth, and for those of trainers that come later."""
+    depths = sorted({depth, *states.depths})
+    missing = [count for count in depths if count not in states.caches]
+    for count in missing:
+        memory = int(trainer.args.prefix_cache_memory * 1e9) // len(depths)
+        states.caches[count] = _open_cache(trainer, model, count, memory)
+    if missing and _meets_all(trainer):
+        tokens = sum(lengths(trainer.train_dataset, trainer.args.max_length))
+        size = tokens * text_config(model).hidden_size * model.dtype.itemsize
+        for count in missing:
+            states.caches[count].check_room(size, size * (len(missing) - 1))
+
+
+def _open_cache(trainer: BiPOTrainer, model: Any, depth: int, memory: int) -> StateCache:
     args = trainer.args
     output = Path(args.output_dir)
-    # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
-    shared = output / ".prefix" if trainer.accelerator.num_processes > 1 else None
-    folder = Path(args.prefix_cache_dir).expanduser() if args.prefix_cache_dir else shared
-    if folder is not None:
+    folder = None
+    if args.prefix_cache_dir or trainer.accelerator.num_processes > 1:
         precision = trainer.accelerator.mixed_precision
-        folder /= fingerprint(model, layer=len(layers), autocast=precision, ld_alpha=args.ld_alpha)
-    memory = int(args.prefix_cache_memory * 1e9)
-    cache = StateCache(folder, memory, output, keeps=args.prefix_cache_dir is not None)
+        name = fingerprint(model, layer=depth, autocast=precision, ld_alpha=args.ld_alpha)
+        # Processes share what they record by way of a folder, which is gone at the end unless it was asked for.
+        kept = args.prefix_cache_dir
+        folder = Path(kept).expanduser() / name if kept else output / f".prefix-{name}"
     output.mkdir(parents=True, exist_ok=True)
-    if _meets_all(trainer):
-        states = sum(_lengths(trainer.train_dataset, args.max_length))
-        cache.check_room(states * text_config(model).hidden_size * model.dtype.itemsize)
-    return cache
+    return StateCache(folder, memory, output, keeps=args.prefix_cache_dir is not None)
 
 
 def _meets_all(trainer: BiPOTrainer) -> bool:
@@ -195,7 +227,8 @@ def _meets_all(trainer: BiPOTrainer) -> bool:
     return values[-1] >= values[1]
 
 
-def _lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
+def lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
+    """How many states each pair has in the cache at most, of a dataset that DPOTrainer has tokenized."""
     for rows in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):
         for texts in zip(*rows.values(), strict=True):
             prompt, chosen, rejected = map(len, texts)
@@ -217,6 +250,8 @@ def _fill(trainer: BiPOTrainer, cached: PrefixCache) -> None:
 
     cached.build(batches(), len(starts), trainer.args.disable_tqdm or not accelerator.is_local_main_process)
     if accelerator.num_processes > 1:
-        cached.cache.flush()
+        for _, cache in cached.recorded:
+            cache.flush()
         accelerator.wait_for_everyone()
-        cached.cache.look_again()
+        for _, cache in cached.recorded:
+            cache.look_again()

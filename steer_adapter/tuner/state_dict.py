@@ -16,13 +16,14 @@ from .saved import PREFIX, check_tensors, checkpoint_key, match_by_layer, withou
 def vectors_to_save(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The vectors of an adapter in a state dict, float32, by their keys there.
+    """The vectors of an adapter in a state dict, float32, by their keys there. Those that are sharded are gathered, in
+    which all processes must take part.
 
     Raises:
         VectorError: some are missing or not finite.
     """
     suffix = _suffix(adapter_name)
-    vectors = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
+    vectors = {key: whole(value) for key, value in state_dict.items() if key.endswith(suffix)}
     if len(vectors) != len(_layers(model, adapter_name)):
         raise VectorError(
             f"Adapter {adapter_name!r} has {len(_layers(model, adapter_name))} steering vectors, but {len(vectors)} "
@@ -67,6 +68,12 @@ def vectors_to_load(
             "for a model with other decoder layers."
         )
     return {model_keys[key]: value for key, value in tensors.items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor gathered from the processes that hold parts of it, in all of them; any other as it is."""
+    # Known by its method: torch's class for sharded tensors takes long to import.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _suffix(adapter_name: str) -> str:

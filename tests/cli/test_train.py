@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from steer_adapter import cli, verify
 from steer_adapter.cli.train import parse
 from steer_adapter.learn.mean_difference import fit_mean_difference
+from steer_adapter.sharing.loading import load_adapters
 
 
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "run.yaml")
@@ -72,6 +73,47 @@ def test_on_a_lora_the_hint_names_it(argv, base_dir, load, tmp_path, capsys):
     assert outputs[0] != outputs[1], "with and without the LoRA"
 
 
+def test_a_vector_for_each_layer_is_the_one_trained_alone(argv, tmp_path, capsys):
+    at, data = argv.index("--layers"), argv[argv.index("--data") + 1]
+    search = [*argv[:at], "--layers", "each:1-3", *argv[at + 3 :], "--eval-data", data]
+    assert cli.main(search) == 0
+    captured = capsys.readouterr()
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"layer-1", "layer-2", "layer-3"}
+    table = [line.split() for line in captured.out.splitlines() if line.startswith(("vector", "layer-"))]
+    assert [row[0] for row in table] == ["vector", "layer-1", "layer-2", "layer-3"] and "-" not in table[2]
+    alone = [*argv[:at], "--layers", "2", "--output", str(tmp_path / "alone"), *argv[at + 5 :]]
+    assert cli.main(alone) == 0
+    again = ["train", "--config", str(out / "layer-2" / "run.yaml"), "--output", str(tmp_path / "again")]
+    assert cli.main([*again, "--disable-tqdm", "True"]) == 0
+    (wanted,) = vectors(tmp_path / "alone").values()
+    assert wanted.norm() > 0
+    for folder in (out / "layer-2", tmp_path / "again"):
+        (received,) = vectors(folder).values()
+        assert torch.allclose(received, wanted, rtol=0, atol=1e-6)
+    assert {path.name for path in (out / "layer-2").iterdir()} == {*FILES, "margins.png"}
+    models = make_model()
+    assert set(load_adapters(models, out).peft_config) == {"layer-1", "layer-2", "layer-3"}
+
+
+def test_several_behaviors_and_what_is_done_is_kept(argv, data, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({**row, "good": row["bad"], "bad": row["good"]}) for row in ROWS[:6]))
+    argv.insert(argv.index("--data") + 2, str(other))
+    assert cli.main(argv) == 0
+    out = tmp_path / "out"
+    first, second = (vectors(out / name) for name in ("pairs", "other"))
+    assert all(not torch.equal(first[key], second[key]) for key in first)
+    for path in (out / "other").iterdir():
+        path.unlink()
+    before = (out / "pairs" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert cli.main([*argv, "--resume_from_checkpoint", "last"]) == 0
+    assert (out / "pairs" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    assert "there already" in capsys.readouterr().err
+    for key, vector in vectors(out / "other").items():
+        assert torch.equal(vector, second[key])
+
+
 def test_the_seed_decides(argv, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         argv[argv.index("--output") + 1] = str(tmp_path / name)
@@ -96,7 +138,7 @@ def test_options_from_a_file(argv, tmp_path):
     options = {"beta": 0.25, "layers": [2], "max_steps": 2, "learning_rate": 0.5}
     (tmp_path / "run.yaml").write_text(json.dumps(options))
     del argv[argv.index("--layers") : argv.index("--output")]
-    arguments, config = parse([*argv[1:], "--config", str(tmp_path / "run.yaml")])
+    arguments, config, _ = parse([*argv[1:], "--config", str(tmp_path / "run.yaml")])
     assert (arguments.layers, config.beta, config.learning_rate) == ([2], 0.25, 0.5)
     assert config.max_steps == 3, "the command line wins"
 
@@ -104,7 +146,7 @@ def test_options_from_a_file(argv, tmp_path):
 def test_a_recipe_below_the_file_and_the_command_line(argv, tmp_path):
     (tmp_path / "run.yaml").write_text("weight_decay: 0.01")
     recipe = ["--recipe", "bipo-persona-llama2"]
-    _, config = parse([*argv[1:], *recipe, "--config", str(tmp_path / "run.yaml"), "--beta", "0.3"])
+    _, config, _ = parse([*argv[1:], *recipe, "--config", str(tmp_path / "run.yaml"), "--beta", "0.3"])
     assert (config.learning_rate, config.num_train_epochs, config.warmup_steps) == (5e-4, 20, 100)
     assert (config.weight_decay, config.beta) == (0.01, 0.3)
 

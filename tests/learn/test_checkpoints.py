@@ -58,3 +58,11 @@ def test_incomplete_ones_are_passed_by(tmp_path, name, harm, caplog):
     assert "checkpoint-4 is passed by" in caplog.text and name in caplog.text
     shutil.rmtree(tmp_path / "checkpoint-2")
     assert last_complete(tmp_path) is None
+
+
+def test_a_checkpoint_of_a_sharded_run_counts(tmp_path):
+    write(tmp_path / "checkpoint-2", 2)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").rename(tmp_path / "checkpoint-2" / "optimizer.bin")
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "optimizer.bin").write_bytes(b"cut")
+    assert "optimizer.bin can't be read" in damage(tmp_path / "checkpoint-2")

@@ -9,6 +9,7 @@ from tiny_runs import LAYER, pairs, trainer
 
 from steer_adapter.learn.carriers import innermost
 from steer_adapter.learn.prefix_cache import keys_of, one_pair
+from steer_adapter.learn.shared_states import SharedStates
 from steer_adapter.learn.shortcut import prefix_cache, share_prompts
 
 
@@ -16,7 +17,7 @@ def cached_trainer(tmp_path: Path, **options):
     run = trainer(tmp_path, make_model(), vectors={LAYER: 0.3 * random_vectors([LAYER])[LAYER]}, **options)
     model = innermost(run.model)
     share_prompts(run, model)
-    return run, prefix_cache(run, model)
+    return run, prefix_cache(run, model, SharedStates())
 
 
 def batch_of(run) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from steer_adapter import SteerConfig
 from steer_adapter.errors import OutputError
 from steer_adapter.learn import shortcut
 from steer_adapter.learn.carriers import innermost
+from steer_adapter.learn.shared_states import SharedStates
 from steer_adapter.learn.shortcut import frozen_layers, prefix_cache, why_not
 
 
@@ -30,7 +31,7 @@ def vector() -> dict[int, torch.Tensor]:
 
 def off(run, caplog) -> str:
     with caplog.at_level("WARNING"):
-        assert prefix_cache(run, innermost(run.model)) is None
+        assert prefix_cache(run, innermost(run.model), SharedStates()) is None
     (line,) = [r.getMessage() for r in caplog.records if "prefix cache is off" in r.getMessage()]
     return line
 
@@ -111,7 +112,7 @@ def test_a_side_channel_between_layers_is_found_out(tmp_path, caplog):
 
 def test_it_can_be_switched_off_without_a_word(tmp_path, caplog):
     run = trainer(tmp_path, make_model(), vectors=vector(), prefix_cache=False)
-    assert prefix_cache(run, innermost(run.model)) is None and "prefix" not in caplog.text
+    assert prefix_cache(run, innermost(run.model), SharedStates()) is None and "prefix" not in caplog.text
 
 
 def test_the_layers_end_at_the_first_vector(tmp_path):
