@@ -239,6 +239,16 @@ def test_data_that_have_changed_are_not_trained_on(argv, data, tmp_path, capsys)
     assert "the pairs have the SHA-256" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
+def test_held_out_pairs_that_have_changed_are_not_measured_on(argv, tmp_path, capsys):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, ROWS[:4])))
+    assert cli.main([*argv, "--eval-data", str(held_out)]) == 0
+    held_out.write_text("\n".join(map(json.dumps, ROWS[:3])))
+    again = ["train", "--config", str(tmp_path / "out" / "run.yaml"), "--output", str(tmp_path / "b")]
+    assert cli.main(again) == 1
+    assert "leave out --eval-data-sha256" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 def test_an_edited_card_survives_overwriting(argv, tmp_path, capsys):
     assert cli.main(argv) == 0
     readme = tmp_path / "out" / "README.md"
