@@ -34,12 +34,16 @@ def shape_at(model: nn.Module, path: str) -> tuple[Any, int | None]:
     sizes = _sizes(model.get_submodule(path))
     parts = path.split(".")
     for depth in range(len(parts), -1, -1):
-        for config in _with_parts(getattr(model.get_submodule(".".join(parts[:depth])), "config", None)):
-            widths = [width for key in WIDTHS if isinstance(width := getattr(config, key, None), int)]
-            widths = [width for width in widths if width in sizes or not sizes]
-            if widths:
-                return config, max(widths, key=sizes.__getitem__)
+        for config in with_parts(getattr(model.get_submodule(".".join(parts[:depth])), "config", None)):
+            fitting = [width for width in widths(config) if width in sizes or not sizes]
+            if fitting:
+                return config, max(fitting, key=sizes.__getitem__)
     return None, None
+
+
+def widths(config: Any) -> list[int]:
+    """What a config may call the width of the hidden states."""
+    return [width for key in WIDTHS if isinstance(width := getattr(config, key, None), int)]
 
 
 def lengths(config: Any) -> set[int]:
@@ -53,13 +57,13 @@ def streams(config: Any) -> dict[str, int]:
     return {key: getattr(config, key) for key in STREAMS if getattr(config, key, None)}
 
 
-def _with_parts(config: Any) -> Iterator[Any]:
+def with_parts(config: Any) -> Iterator[Any]:
     """A config and those within it, e.g. of the encoder and the decoder."""
     if config is not None:
         yield config
     for part in getattr(config, "__dict__", {}).values():
         if hasattr(part, "model_type"):
-            yield from _with_parts(part)
+            yield from with_parts(part)
 
 
 def _sizes(block: nn.Module) -> Counter[int]:

@@ -413,6 +413,18 @@ def test_special_files(target: Target, tmp_path: Path):
         PeftModel.from_pretrained(make_model(), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_pipe_is_not_opened_on_the_native_route(target: Target, tmp_path: Path, name: str):
+    import os
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps(target.config))
+    os.mkfifo(tmp_path / name)
+    model = make_model()
+    with pytest.raises(SteerError, match=f"{name}: received something that is no regular file"):
+        model.load_adapter(str(tmp_path), use_safetensors=not name.endswith("bin"))
+    assert not any("steering" in name for name, _ in model.named_modules())
+
+
 def test_pickled_weights_are_refused(target: Target, tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(target.config))
     torch.save({key: torch.zeros(HIDDEN) for key in KEYS}, tmp_path / "adapter_model.bin")

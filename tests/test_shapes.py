@@ -8,7 +8,7 @@ from conftest import HIDDEN, make_model
 from torch import nn
 from transformers import BartConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from steer_adapter.shapes import lengths, shape_at, streams, text_config
+from steer_adapter.shapes import lengths, shape_at, streams, text_config, widths, with_parts
 
 
 def test_the_innermost_config():
@@ -83,3 +83,11 @@ def test_the_config_of_the_text_decoder():
     assert text_config(holder) is holder.config.text_config
     holder.config = BartConfig()
     assert text_config(holder) is holder.config
+
+
+def test_what_each_part_of_a_config_says():
+    text = LlamaConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=4)
+    config = LlavaConfig(text_config=text)
+    assert config in list(with_parts(config)) and [48] in [widths(part) for part in with_parts(config)]
+    assert {3} in [lengths(part) for part in with_parts(config)]
+    assert list(with_parts(None)) == []

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from steer_adapter.errors import VectorError
+from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.interop.pt import layer_of, read_pt
 from steer_adapter.tuner import SteerConfig, SteerLayer
 from steer_adapter.tuner.facts import renew_cards
@@ -43,9 +44,10 @@ def run(argv: Sequence[str]) -> None:
     layer = layer_of(file, arguments.layer)
     output = check_output(arguments.output or file.with_suffix(""), arguments.overwrite)
     model = with_vector(arguments.model, vector, layer, arguments.multiplier, file)
-    with written_whole(output) as beside:
-        model.save_pretrained(str(beside))
-    renew_cards(output)
+    with kept_if_edited(output):
+        with written_whole(output) as beside:
+            model.save_pretrained(str(beside))
+        renew_cards(output)
     print(f"The adapter is in {output}. Look at it: steer-adapter inspect {output}")
 
 

@@ -64,7 +64,8 @@ def text(adapter: dict[str, Any]) -> str:
     }
     lines += [f"  {name + ':':<13} {plain(value)}" for name, value in rows.items() if value]
     for layer in adapter["layers"]:
-        dose = "not recorded" if layer["dose"] is None else f"{layer['dose']:.3g}"
+        unknown = "not recorded" if layer["residual_norm"] is None else "not finite"
+        dose = unknown if layer["dose"] is None else f"{layer['dose']:.3g}"
         lines.append(f"  layer {layer['layer']}: |v| {layer['norm']:.4g}, dose {dose}")
     for multiplier, measured in sorted((adapter["margins"] or {}).items(), key=lambda item: float(item[0])):
         lines.append(f"  margin at {float(multiplier):+g}: {measured.get('margin', float('nan')):+.3g} nats")

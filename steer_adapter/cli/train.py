@@ -82,6 +82,7 @@ class TrainArguments:
     data_sha256: str | None = field(
         default=None, metadata={"help": "The hash that the pairs must have, as in the card of a vector."}
     )
+    eval_data_sha256: str | None = field(default=None, metadata={"help": "The same for the held-out pairs."})
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainArguments, BiPOConfig, list[Vector]]:
@@ -152,7 +153,8 @@ def run(argv: Sequence[str]) -> None:
 def _check(arguments: TrainArguments, config: BiPOConfig, vectors: list[Vector]) -> None:
     if arguments.method == "mean-difference" and config.resume_from_checkpoint:
         raise ConfigError("Received --resume_from_checkpoint with --method mean-difference, which has no checkpoints.")
-    if arguments.data_sha256 is not None and len({vector.data for vector in vectors}) > 1:
+    hashes = (arguments.data_sha256, arguments.eval_data_sha256)
+    if hashes != (None, None) and len({vector.data for vector in vectors}) > 1:
         raise ConfigError("Received --data-sha256 with several --data, expected one: it is the hash of one file.")
 
 
@@ -173,7 +175,7 @@ def learn_all(arguments: TrainArguments, config: BiPOConfig, output: Path, vecto
         for name, trainer in trainers_together(model, configs, config, **datasets) if own else ():
             if len(vectors) > 1 and one_speaks():
                 print(f"{name}:", file=sys.stderr)
-            _name_sources(trainer, own[name], arguments.data_sha256)
+            _name_sources(trainer, own[name], arguments)
             learn(trainer, _arguments_of(arguments, own[name]), output / name)
 
 
@@ -227,7 +229,8 @@ def measure(trainer: BiPOTrainer, method: str) -> dict[str, Sweep]:
 
 def options(arguments: TrainArguments, trainer: BiPOTrainer) -> dict[str, Any]:
     """What `run.yaml` holds."""
-    found = replace(arguments, data_sha256=trainer.provenance["data"]["sha256"])
+    hashes = [trainer.provenance.get(key, {}).get("sha256") for key in ("data", "held_out")]
+    found = replace(arguments, data_sha256=hashes[0], eval_data_sha256=hashes[1])
     return run_options(found, trainer.args, BiPOConfig(output_dir=trainer.args.output_dir))
 
 
@@ -256,16 +259,19 @@ def _steer_config(arguments: TrainArguments, layers: list[int]) -> SteerConfig:
     )
 
 
-def _name_sources(trainer: BiPOTrainer, vector: Vector, sha256: str | None) -> None:
-    data = trainer.provenance["data"]
-    data["source"] = _name_of(vector.data)
-    if vector.eval_data is not None:
-        trainer.provenance["held_out"]["source"] = _name_of(vector.eval_data)
-    if sha256 not in (None, data["sha256"]):
-        raise DataError(
-            f"{vector.data}: the pairs have the SHA-256 {data['sha256']}, expected {sha256}. They "
-            "are not those that the run was made with; leave out --data-sha256 to train on them all the same."
-        )
+def _name_sources(trainer: BiPOTrainer, vector: Vector, arguments: TrainArguments) -> None:
+    wanted = {"data": (vector.data, arguments.data_sha256), "held_out": (vector.eval_data, arguments.eval_data_sha256)}
+    for key, (source, sha256) in wanted.items():
+        if source is None:
+            continue
+        record = trainer.provenance[key]
+        record["source"] = _name_of(source)
+        if sha256 not in (None, record["sha256"]):
+            option = "--data-sha256" if key == "data" else "--eval-data-sha256"
+            raise DataError(
+                f"{source}: the pairs have the SHA-256 {record['sha256']}, expected {sha256}. They "
+                f"are not those that the run was made with; leave out {option} to take them all the same."
+            )
 
 
 def _name_of(source: str) -> str:

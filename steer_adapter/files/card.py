@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ class Vector:
     residual_norm: float | None
 
     def dose(self, multiplier: float) -> float | None:
-        """The relative dose |m·v| / mean|h|."""
-        return abs(multiplier) * self.norm / self.residual_norm if self.residual_norm else None
+        """The relative dose |m·v| / mean|h|; `None` if mean|h| is not recorded, or too small for a finite result."""
+        dose = abs(multiplier) * self.norm / self.residual_norm if self.residual_norm else math.inf
+        return dose if math.isfinite(dose) else None
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +19,38 @@ from huggingface_hub.utils import yaml_dump
 from .card import LIBRARY_TITLE
 
 
+logger = logging.getLogger(__name__)
 NAME = "README.md"
+UNREADABLE = "can't be read as a model card (UTF-8, with a YAML block of names and values if any)"
 _MARKER = re.compile(r"<!-- steer-adapter card ([0-9a-f]{64}) -->")
 _FRAMEWORK = re.compile(r"### Framework versions|- PEFT \S+")
 # PEFT writes these into every card; for a local model they hold a path, which the Hub refuses.
 _PEFT_TAG = "base_model:adapter:"
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a file is a card: UTF-8, with a YAML block of the Hub's kind, if any."""
+    try:
+        return _parse(path.read_bytes().decode("utf-8")) is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def _parse(text: str) -> ModelCard | None:
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+        yaml_dump(card.data.to_dict())
+    except Exception:  # YAML and huggingface_hub raise many kinds
+        return None
+    return card
+
+
 def is_edited(text: str) -> bool:
     """Whether the text of a card is anything but what this package, PEFT or transformers wrote there."""
-    card = ModelCard(text, ignore_metadata_errors=True).text
+    parsed = _parse(text)
+    if parsed is None:
+        return True
+    card = parsed.text
     marker = _MARKER.search(card)
     return _digest(card) not in ([marker[1]] if marker else _stubs())
 
@@ -54,7 +77,7 @@ def write_card(path: Path, data: Mapping[str, Any], body: str, versions: Mapping
     """Write or renew a card.
 
     Of a card that somebody edited only the metadata is looked after; of any other the metadata that is not ours is
-    kept.
+    kept. One that can't be read is left as it is, with a warning.
 
     Args:
         path: of the file.
@@ -65,6 +88,9 @@ def write_card(path: Path, data: Mapping[str, Any], body: str, versions: Mapping
     Returns:
         whether the text was written.
     """
+    if path.is_file() and not is_readable(path):
+        logger.warning("%s %s; it is left as it is.", path, UNREADABLE)
+        return False
     previous = _load(path)
     if previous is not None and is_edited(previous.content):
         wanted = {k: v for k, v in previous.data.to_dict().items() if k != "base_model" or "base_model" in data}
@@ -85,13 +111,17 @@ _OURS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "t
 
 @contextmanager
 def kept_if_edited(folder: str | Path) -> Iterator[bool]:
-    """Put an edited card back, byte for byte, after others have been at it; whether there is one."""
+    """Put an edited card aside while others are at it, who may not be able to read it; whether there is one."""
     path = Path(folder, NAME)
-    before = path.read_bytes() if path.is_file() else b""
-    edited = bool(before) and is_edited(before.decode("utf-8", errors="replace"))
-    yield edited
+    edited = path.is_file() and is_edited(path.read_text(encoding="utf-8", errors="replace"))
+    aside = path.with_name(f".{NAME}-{secrets.token_hex(8)}")
     if edited:
-        path.write_bytes(before)
+        os.replace(path, aside)
+    try:
+        yield edited
+    finally:
+        if edited:
+            os.replace(aside, path)
 
 
 def adopt_metadata(path: Path, text: str) -> None:
@@ -100,7 +130,8 @@ def adopt_metadata(path: Path, text: str) -> None:
     if card is None:
         path.write_text(text, encoding="utf-8")
         return
-    other = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    theirs = _parse(text)
+    other = {} if theirs is None else theirs.data.to_dict()
     own = {k: v for k, v in card.data.to_dict().items() if (k, v) != ("license", "unknown")}
     if missing := {key: value for key, value in other.items() if key not in own}:
         _write(path, {**card.data.to_dict(), **missing}, card.text)
@@ -109,7 +140,7 @@ def adopt_metadata(path: Path, text: str) -> None:
 def _load(path: Path) -> ModelCard | None:
     if not path.is_file():
         return None
-    return ModelCard(path.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True)
+    return _parse(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _with_tags(data: Mapping[str, Any], ours: Mapping[str, Any], tags: Any = None) -> dict[str, Any]:
@@ -119,10 +150,10 @@ def _with_tags(data: Mapping[str, Any], ours: Mapping[str, Any], tags: Any = Non
 
 
 def _write(path: Path, data: Mapping[str, Any], text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
-        beside.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.strip()}\n")
-    os.chmod(beside.name, 0o644)
-    os.replace(beside.name, path)
+    beside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    with open(beside, "x", encoding="utf-8") as file:  # of a mode that follows the umask
+        file.write(f"---\n{yaml_dump(dict(data), sort_keys=True)}---\n\n{text.strip()}\n")
+    os.replace(beside, path)
 
 
 def _digest(text: str) -> str:

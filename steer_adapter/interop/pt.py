@@ -35,16 +35,16 @@ def read_pt(path: str | Path) -> torch.Tensor:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a broken or hostile file
         raise VectorError(
-            f"{path}: received a file that holds more than tensors, or is damaged ({type(error).__name__}: "
-            f"{shorten(str(error).splitlines()[0] if str(error) else '')}), expected a tensor saved by torch.save."
+            f"{path}: received a file that holds more than tensors, or is damaged ({type(error).__name__}), expected "
+            "a tensor saved by torch.save."
         ) from error
     if not isinstance(value, torch.Tensor) or value.ndim != 1 or not value.is_floating_point() or not value.numel():
         described = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise VectorError(f"{path}: received {described}, expected one floating point tensor of shape [hidden_size].")
-    if value.layout is not torch.strided or value.is_quantized or value.numel() > MAX_BYTES // 4:
+    if value.is_meta or value.layout is not torch.strided or value.is_quantized or value.numel() > MAX_BYTES // 4:
         raise VectorError(
-            f"{path}: received a {value.layout} tensor of {value.numel()} numbers, expected a plain one of a model's "
-            "hidden size."
+            f"{path}: received a {value.layout} tensor of {value.numel()} numbers on {value.device}, expected a plain "
+            "one of a model's hidden size, with its values."
         )
     vector = value.detach().float().clone()
     if not torch.isfinite(vector).all():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from steer_adapter.data import COLUMNS, is_conversational
 from steer_adapter.tuner import SteerLayer
 from steer_adapter.tuner.provenance import versions
 
+from .carriers import innermost
 from .mean_difference import hidden_states
 from .processes import agreed
 
@@ -29,6 +32,15 @@ HYPERPARAMETERS = (
     "beta", "loss_type", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
+
+
+# They decide where things go and what is shown, not what vector comes out; a token is nobody's business.
+_NOT_RECORDED = (
+    "hub_", "logging_", "save_", "push_to_hub", "report_to", "run_name", "output_dir", "disable_tqdm",
+    "resume_from_checkpoint", "dataloader_", "eval_", "per_device_eval_", "prefix_cache_", "model_init_", "seed",
+    "accelerator_config", "pad_to_multiple_of",
+)  # fmt: skip
+MAX_TEXT = 200
 
 
 def pairs_hash(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -102,16 +114,33 @@ def finish_record(trainer: BiPOTrainer) -> None:
     config = trainer.model.peft_config[trainer.adapter_name]
     record = dict(trainer.provenance)
     if trainer.state.global_step:
-        values = {name: getattr(trainer.args, name) for name in HYPERPARAMETERS}
-        record["hyperparameters"] = {
-            **{name: _plain(value) for name, value in values.items()}, "steps": trainer.state.global_step
-        }  # fmt: skip
+        record["hyperparameters"] = {**_hyperparameters(trainer, HYPERPARAMETERS), "steps": trainer.state.global_step}
+    elif record["method"] == "mean-difference":
+        record["hyperparameters"] = _hyperparameters(trainer)
     record["versions"] = {**versions(), "trl": trl.__version__}
     config.provenance = {**(config.provenance or {}), **record}
 
 
+def _hyperparameters(trainer: BiPOTrainer, always: Iterable[str] = ()) -> dict[str, Any]:
+    """The options named and those that differ from the defaults, and the dtype that the model ran in."""
+    # Not compared with a fresh config: making one resets what accelerate knows of the run.
+    changed = [
+        field.name
+        for field in dataclasses.fields(trainer.args)
+        if field.init and not field.name.startswith(_NOT_RECORDED) and _differs(field, trainer.args)
+    ]
+    dtype = str(innermost(trainer.model).dtype).removeprefix("torch.")
+    return {**{name: _plain(getattr(trainer.args, name)) for name in (*always, *changed)}, "dtype": dtype}
+
+
+def _differs(field: dataclasses.Field[Any], config: Any) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (getattr(config, field.name) or None) != (default or None)  # configs make False and [] of None
+
+
 def _plain(value: Any) -> Any:
     value = getattr(value, "value", value)  # of an enum
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return (os.path.basename(text) if os.path.isabs(text) else text)[:MAX_TEXT]

@@ -8,6 +8,7 @@ from typing import Any
 from steer_adapter.errors import SteerError
 from steer_adapter.files.card import Facts, recommended_range
 from steer_adapter.files.names import same_model
+from steer_adapter.shapes import lengths, widths, with_parts
 from steer_adapter.tuner.facts import facts_of
 
 from .source import adapters, fetch, load_config
@@ -50,6 +51,8 @@ def described(facts: Facts) -> dict[str, Any]:
         "num_hidden_layers": config.get("num_hidden_layers"),
         "format_version": config.get("format_version"),
         "operation": config.get("operation"),
+        "stack": config.get("stack"),
+        "target_modules": config.get("target_modules"),
         "token_scope": config.get("token_scope", "all"),
         "multiplier": multiplier,
         "layers": [
@@ -67,7 +70,7 @@ _SHOWN = ("method", "behavior", "license", "data", "held_out", "margins", "side_
 
 def card_warnings(facts: Facts) -> list[str]:
     """What a stranger would miss."""
-    known = facts.provenance
+    known, multiplier = facts.provenance, facts.config.get("multiplier", 1.0)
     base = facts.config.get("base_model_name_or_path")
     found = {
         "there is no README.md": "README.md" not in facts.files,
@@ -79,12 +82,27 @@ def card_warnings(facts: Facts) -> list[str]:
         "the data is not recorded": not (known.get("data") or {}).get("sha256"),
         "margins were not measured on held-out pairs": not known.get("margins"),
         "side effects were not measured": not known.get("side_effects"),
+        **{
+            f"mean |h| of layer {v.place}, {v.residual_norm:g}, gives no finite dose": v.dose(multiplier) is None
+            for v in facts.vectors
+            if v.residual_norm is not None
+        },
     }
     return [warning for warning, holds in found.items() if holds]
 
 
+def _parts(config: Any, inspected: dict[str, Any]) -> list[Any]:
+    """The configs that may speak of the layers that an adapter steers."""
+    if inspected["stack"] is None and inspected["target_modules"] is None:
+        return [config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()]
+    return list(with_parts(config))
+
+
 def fit(inspected: dict[str, Any], model_name: str) -> str:
     """Whether an adapter fits a model, by the two configs alone.
+
+    For an adapter on a `stack` any part of the model's config may be the one that fits; of one on `target_modules`
+    only the hidden size can be compared.
 
     Args:
         inspected: of `inspect_adapters`.
@@ -93,11 +111,20 @@ def fit(inspected: dict[str, Any], model_name: str) -> str:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_name)
-    text = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
     made_for = f"{inspected['base_model']} ({inspected['model_type']})"
-    for name in ("hidden_size", "num_hidden_layers"):
-        if inspected[name] != getattr(text, name, None):
-            return f"does not fit: {made_for} has {name}={inspected[name]}, {model_name} {getattr(text, name, None)}"
+    parts = _parts(config, inspected)
+    needed = {"hidden_size": widths, "num_hidden_layers": lengths}
+    if inspected["target_modules"] is not None:
+        del needed["num_hidden_layers"]
+    for name, read in needed.items():
+        parts, found = (
+            [part for part in parts if inspected[name] in read(part)],
+            sorted(set().union(*map(read, parts))),
+        )
+        if not parts:
+            return f"does not fit: {made_for} has {name}={inspected[name]}, {model_name} {found or None}"
+    if inspected["target_modules"] is not None:
+        return f"fits by its hidden size; whether {model_name} has the blocks that it names is seen on loading"
     if same_model(inspected["base_model"], model_name):
         return "fits"
     return f"fits by its shape, but was made for {made_for}: whether it transfers has to be measured"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,9 +14,12 @@ import yaml
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import yaml_dump
+from peft.utils import CONFIG_NAME
 
 from steer_adapter.errors import OutputError, SteerError
-from steer_adapter.files.card_file import NAME, adopt_metadata, is_edited
+from steer_adapter.files.card_file import NAME, UNREADABLE, adopt_metadata, is_edited, is_readable
+from steer_adapter.files.json_file import read_json
+from steer_adapter.files.names import hub_id
 from steer_adapter.tuner.facts import renew_all_cards
 
 from .source import FILES, adapters, load_config
@@ -50,13 +54,18 @@ def push_adapters(
 
     Raises:
         VectorError, ConfigError: an adapter is broken; nothing was pushed.
-        OutputError: a file is a symbolic link, which may lead to what nobody meant to publish; or the Hub refused or
-            broke off.
+        OutputError: a file is a symbolic link, which may lead to what nobody meant to publish; a card can't be read;
+            or the Hub refused or broke off.
     """
     folder = Path(folder).expanduser()
     parts = adapters(folder, str(folder))
     for path in parts.values():
         _check(path)
+    for card in {path / NAME for path in (folder, *parts.values())}:
+        if card.is_file() and not is_readable(card):
+            raise OutputError(
+                f"{card} {UNREADABLE}, so the Hub would refuse it. Mend or delete it; nothing was pushed."
+            )
     try:
         return _push(folder, list(parts.values()), repo_id, private, token, revision, overwrite_card, commit_message)
     except SteerError:
@@ -64,8 +73,14 @@ def push_adapters(
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
         raise OutputError(
             f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {error}). An adapter appears in the "
-            "repository whole or not at all. Push again."
+            f"repository whole or not at all. {_advice(error)}"
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return "Log in with `hf auth login`, or pass a token that may write there."
+    return "Push again."
 
 
 def _check(path: Path) -> None:
@@ -107,8 +122,23 @@ def _stage(source: Path, target: Path) -> None:
     for file in FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, target / file)
+    if (target / CONFIG_NAME).is_file():
+        _without_local_base(target / CONFIG_NAME)
     if (target / "run.yaml").is_file():
         _without_local_paths(target / "run.yaml")
+
+
+def _without_local_base(path: Path) -> None:
+    """A config whose base model is its Hub id, or of a local one only the folder's name, as `./name`."""
+    config = read_json(path)
+    base = config.get("base_model_name_or_path")
+    public = hub_id(base) or f"./{str(base).replace(os.path.sep, '/').rstrip('/').rpartition('/')[2]}"
+    if not base or public == base:
+        return
+    if public.startswith("./"):
+        logger.warning("The base model is a local folder, which nobody else has; its name is pushed as %s.", public)
+    config["base_model_name_or_path"] = public
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _without_local_paths(path: Path) -> None:

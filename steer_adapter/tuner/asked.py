@@ -86,8 +86,9 @@ def _mask(request: Request | None, scope: str, rows: int, ranks: torch.Tensor | 
     if request is None or request.prompt_lengths is None:
         raise ModelError(
             f"token_scope={scope!r}: the model was called without prompt lengths, expected them to tell prompt and "
-            "completion apart. Call generate() of the PeftModel (of a decoder-only model), or run the model inside "
-            "steering(model, prompt_lengths=[...])."
+            "completion apart. Call generate() of the PeftModel (of a decoder-only model, and with "
+            "SteerConfig(task_type='CAUSAL_LM'): PEFT's class without a task passes the vector by), or run the model "
+            "inside steering(model, prompt_lengths=[...])."
         )
     if ranks is None:
         raise ModelError(

@@ -6,13 +6,14 @@ import copy
 import functools
 import logging
 import os
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import constants, file_exists, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from steer_adapter.decoder import Decoder
 from steer_adapter.errors import ConfigError, ModelError, VectorError
@@ -146,11 +147,23 @@ class SteerConfig(PeftConfig):
         return self.format_version is not None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; and the card, if the weights are there."""
+        """Write `adapter_config.json`; and the card, if the weights are there.
+
+        Raises:
+            VectorError: the weights were saved with `safe_serialization=False`, as a pickle that nothing reads.
+        """
         self.provenance = {"versions": versions(), **(self.provenance or {})}
         check_values(self)
+        weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if not os.path.exists(weights) and os.path.exists(os.path.join(save_directory, WEIGHTS_NAME)):
+            raise VectorError(
+                f"{save_directory}: received {WEIGHTS_NAME} without {SAFETENSORS_WEIGHTS_NAME}, expected steering "
+                "vectors as safetensors: pickles are refused when loading. Save without safe_serialization=False."
+            )
         super().save_pretrained(save_directory, **kwargs)
-        if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+        if os.path.isfile(weights):
+            if not os.path.islink(weights):  # safetensors makes a file that nobody else can read
+                shutil.copymode(os.path.join(save_directory, CONFIG_NAME), weights)
             renew_cards(save_directory)
 
     def as_given(self) -> SteerConfig:
@@ -208,12 +221,7 @@ def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str,
         return path if os.path.exists(path) else None
     try:
         path = hf_hub_download(name_or_path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-        # PEFT asks this once more when the model has been changed already, and takes no for an answer.
-        name = f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}" if subfolder else SAFETENSORS_WEIGHTS_NAME
-        asked = {key: hub_kwargs[key] for key in ("revision", "token") if key in hub_kwargs}
-        local = constants.HF_HUB_OFFLINE or hub_kwargs.get("local_files_only")
-        if not local and not file_exists(name_or_path, name, **asked):
-            raise VectorError(f"{name_or_path}: received no access to the repository, of which the cache has a copy.")
+        _check_that_peft_finds(path, name_or_path, subfolder, hub_kwargs)
         return path
     except LocalEntryNotFoundError as error:
         raise VectorError(
@@ -222,6 +230,29 @@ def find_weights(name_or_path: str, subfolder: str | None, hub_kwargs: dict[str,
         ) from error
     except EntryNotFoundError:
         return None
+
+
+def _check_that_peft_finds(path: str, name: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> None:
+    """PEFT looks for the file once more when the model has been changed already, and in its own ways."""
+    if constants.HF_HUB_OFFLINE:
+        if subfolder:  # which PEFT names twice then
+            raise VectorError(
+                f"{name}: received the subfolder {subfolder!r} of a repository while offline, where PEFT can't find "
+                f"it. Pass the folder in the cache instead: {os.path.dirname(path)!r}."
+            )
+        return
+    asked = {key: hub_kwargs[key] for key in ("revision", "token") if key in hub_kwargs}
+    try:
+        found = file_exists(
+            name, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}" if subfolder else SAFETENSORS_WEIGHTS_NAME, **asked
+        )
+    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+        raise VectorError(
+            f"{name}: the Hub can't be reached ({type(error).__name__}), and PEFT asks it even for files in the "
+            "cache. Set HF_HUB_OFFLINE=1 to do without."
+        ) from error
+    if not found:
+        raise VectorError(f"{name}: received no access to the repository, of which the cache has a copy.")
 
 
 @functools.lru_cache(maxsize=256)

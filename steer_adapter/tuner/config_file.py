@@ -18,8 +18,9 @@ from typing import Any
 import peft
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from steer_adapter.errors import ConfigError, UnknownMethodError
+from steer_adapter.errors import ConfigError, UnknownMethodError, VectorError
 from steer_adapter.files.json_file import read_json, shorten
 
 
@@ -39,8 +40,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: it is no config of an adapter, or see [`~steer_adapter.files.json_file.read_json`].
+        VectorError: the weights beside it are no regular file.
     """
     values = read_json(path)
+    _check_weights_beside(path)
     _check_method(values.get("peft_type"), path)
     _check_arguments(values, path)
     values.pop("runtime_config", None)  # as PEFT does
@@ -100,6 +103,14 @@ def _finding_method(find: Any) -> Any:
             ) from error
 
     return _get_peft_type
+
+
+def _check_weights_beside(path: str | Path) -> None:
+    """transformers opens them by itself, and would wait for ever at the end of a pipe."""
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        weights = os.path.join(os.path.dirname(path), name)
+        if os.path.exists(weights) and not os.path.isfile(weights):
+            raise VectorError(f"{weights}: received something that is no regular file, expected one.")
 
 
 def _check_method(peft_type: object, path: str | Path) -> None:

@@ -120,7 +120,7 @@ def _check_targets(config: SteerConfig) -> None:
         raise ConfigError(
             f"`layers_to_transform`: received {shorten(layers)}, expected an integer or a list of integers."
         )
-    if config.stack is not None and not (isinstance(config.stack, str) and config.stack):
+    if config.stack == "":
         raise ConfigError(f"`stack`: received {shorten(config.stack)}, expected the path of a module, e.g. 'encoder'.")
     if config.stack is not None and targets is not None:
         raise ConfigError(
@@ -135,8 +135,22 @@ def _check_targets(config: SteerConfig) -> None:
     for wanted in (layers, targets):
         if isinstance(wanted, list) and len(wanted) > MAX_TARGETS:
             raise ConfigError(f"Received {len(wanted)} places to steer, expected at most {MAX_TARGETS}.")
+    _check_layers_exist(config)
     if config.is_saved and isinstance(targets, str) and not _PLAIN_NAME.fullmatch(targets):
         raise ConfigError(
             f"`target_modules`: received the regex {shorten(targets)} from a file, expected a list of names. It could "
             "take for ever to match, so it is not tried."
+        )
+
+
+def _check_layers_exist(config: SteerConfig) -> None:
+    """Of a saved config, which says how many layers there are."""
+    layers, count = config.layers_to_transform, config.num_hidden_layers
+    if not config.is_saved or count is None or layers is None:
+        return
+    outside = [layer for layer in ([layers] if isinstance(layers, int) else layers) if not -count <= layer < count]
+    if outside:
+        raise ConfigError(
+            f"`layers_to_transform`: received {shorten(outside)}, but `num_hidden_layers` says {count}: expected "
+            f"values from 0 to {count - 1}. The adapter's config contradicts itself."
         )

@@ -43,16 +43,17 @@ def facts_of(folder: str | Path, name: str, subfolder: str | None = None) -> Fac
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """Names of the subfolders that hold a steering adapter."""
-    found = [path for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")) if _is_vector(path)]
+    """Names of the subfolders that hold a steering adapter, maybe a broken one, and none of another method."""
+    found = [path for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")) if not _is_of_another_method(path)]
     return [path.parent.name for path in found if not path.parent.name.startswith(_NO_PARTS)]
 
 
-def _is_vector(path: Path) -> bool:
+def _is_of_another_method(path: Path) -> bool:
     try:
-        return read_json(path).get("peft_type") == "STEER"
+        peft_type = read_json(path).get("peft_type")
     except ConfigError:
-        return False
+        return False  # it can't be told, and whoever asks for what is there has to hear of it
+    return isinstance(peft_type, str) and peft_type != "STEER"
 
 
 def _is_part_of_library(folder: Path) -> bool:

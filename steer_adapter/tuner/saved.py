@@ -21,8 +21,8 @@ T = TypeVar("T")
 PREFIX = "base_model.model."
 # Wrappers that put themselves into the keys of a state dict; the path in the unwrapped model has none of them.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.steering\.steer_vector$")
-_LAYER = re.compile(r"\.([0-9]{1,6})\.steering\.steer_vector$")
+_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.steering\.steer_vector\Z")
+_LAYER = re.compile(r"\.([0-9]{1,6})\.steering\.steer_vector\Z")
 # What a vector may be saved as, in the words of safetensors.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -41,6 +41,8 @@ def test_what_is_recorded(file, base_dir, tmp_path, capsys):
         "adapter_model.safetensors",
     ]
     assert cli.main(arguments) == 1 and "--overwrite" in capsys.readouterr().err
+    (output / "README.md").write_text("# Mine")
+    assert cli.main([*arguments, "--overwrite"]) == 0 and (output / "README.md").read_text() == "# Mine"
 
 
 @pytest.mark.parametrize(

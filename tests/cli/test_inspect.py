@@ -5,9 +5,13 @@ import json
 import pytest
 from conftest import make_model, random_vectors, set_vectors
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from steer_adapter import SteerConfig, cli
 from steer_adapter.cli.inspect import plain
+
+
+KEY = "base_model.model.model.layers.2.steering.steer_vector"
 
 
 @pytest.fixture
@@ -65,3 +69,20 @@ def test_bad_input_is_1(tmp_path, monkeypatch, arguments, message, capsys):
 def test_a_strangers_text_does_not_drive_the_terminal():
     assert plain("a\x1b[2J") == r"'a\x1b[2J'" and plain("fine") == "fine"
     assert len(plain("x" * 5000)) == 400
+
+
+@pytest.mark.parametrize(("residual", "multiplier"), [(1e-320, 1e38), (0, 1.0)])
+def test_a_dose_that_overflows_blinds_nobody(folder, capsys, residual, multiplier):
+    path = folder / "calm" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"multiplier": multiplier, "provenance": {"residual_norms": {"2": residual}}}
+    path.write_text(json.dumps(config))
+    (vector,) = load_file(folder / "adapter_model.safetensors").values()
+    save_file({KEY: vector}, folder / "calm" / "adapter_model.safetensors")
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["adapters"]
+    assert first["layers"][0]["dose"] > 0 and second["layers"][0]["dose"] is None
+    assert any("gives no finite dose" in warning for warning in second["card_warnings"])
+    assert not any("dose" in warning for warning in first["card_warnings"])
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "dose not finite" in capsys.readouterr().out

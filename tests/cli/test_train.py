@@ -239,13 +239,26 @@ def test_data_that_have_changed_are_not_trained_on(argv, data, tmp_path, capsys)
     assert "the pairs have the SHA-256" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
+def test_held_out_pairs_that_have_changed_are_not_measured_on(argv, tmp_path, capsys):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, ROWS[:4])))
+    assert cli.main([*argv, "--eval-data", str(held_out)]) == 0
+    held_out.write_text("\n".join(map(json.dumps, ROWS[:3])))
+    again = ["train", "--config", str(tmp_path / "out" / "run.yaml"), "--output", str(tmp_path / "b")]
+    assert cli.main(again) == 1
+    assert "leave out --eval-data-sha256" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 def test_an_edited_card_survives_overwriting(argv, tmp_path, capsys):
     assert cli.main(argv) == 0
     readme = tmp_path / "out" / "README.md"
     assert f"adapter = {str(tmp_path / 'out')!r}" in readme.read_text()
-    readme.write_text("# Mine\n")
-    assert cli.main([*argv, "--overwrite"]) == 0
-    assert readme.read_text() == "# Mine\n" and "README.md was edited" in capsys.readouterr().err
+    for text in ("# Mine\n", "---\n{[\n---\n", "---\ntags: 3\n---\n"):
+        readme.write_text(text)
+        (tmp_path / "out" / "adapter_model.safetensors").unlink()
+        assert cli.main([*argv, "--overwrite"]) == 0
+        assert readme.read_text() == text and "README.md was edited" in capsys.readouterr().err
+        assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     readme.unlink()
     assert cli.main([*argv, "--overwrite"]) == 0
     assert "# A steering vector" in readme.read_text()

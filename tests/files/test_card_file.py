@@ -3,10 +3,23 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from steer_adapter.files.card_file import adopt_metadata, is_edited, is_library_card, kept_if_edited, write_card
+from steer_adapter.files.card_file import (
+    adopt_metadata,
+    is_edited,
+    is_library_card,
+    is_readable,
+    kept_if_edited,
+    write_card,
+)
 
 
 DATA = {"base_model": "org/model", "license": "unknown", "tags": ["steer-adapter"], "library_name": "peft"}
+UNREADABLE = [
+    b"---\n{[\n---\n# Mine",
+    b"---\ntags: 3\n---\n# Mine",
+    b"---\n- 1\n---\n# Mine",
+    "# Café".encode("latin-1"),
+]
 VERSIONS = {"PEFT": "0.21.2"}
 
 
@@ -71,10 +84,11 @@ def test_metadata_of_others_is_kept(card):
     assert ModelCard.load(card).data.to_dict() == {**DATA, "license": "mit", "language": "de"}
 
 
-@pytest.mark.parametrize("edited", [False, True])
-def test_kept_byte_for_byte(card, edited):
+@pytest.mark.parametrize("text", [b"", b"# Mine   \r\n", *UNREADABLE])
+def test_kept_byte_for_byte(card, text):
+    edited = bool(text)
     if edited:
-        card.write_text("# Mine   \r\n")
+        card.write_bytes(text)
     before = card.read_bytes()
     with kept_if_edited(card.parent) as found:
         card.write_text("# Something else")
@@ -94,3 +108,26 @@ def test_a_symbolic_link_is_not_followed(tmp_path):
     (tmp_path / "README.md").symlink_to(tmp_path / "precious")
     write_card(tmp_path / "README.md", DATA, "# Title", VERSIONS)
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_a_card_that_can_not_be_read_stays(card, text, caplog):
+    card.write_bytes(text)
+    assert is_edited(text.decode("utf-8", errors="replace")) and not is_library_card(card) and not is_readable(card)
+    assert not write_card(card, DATA, "# Other", VERSIONS)
+    assert card.read_bytes() == text and f"{card} can't be read as a model card" in caplog.text
+
+
+def test_nothing_is_adopted_from_a_card_that_can_not_be_read(card):
+    before = card.read_bytes()
+    for text in UNREADABLE[:3]:
+        adopt_metadata(card, text.decode())
+    assert card.read_bytes() == before
+
+
+def test_an_edited_card_comes_back_after_an_error(card):
+    card.write_text("# Mine")
+    with pytest.raises(KeyError), kept_if_edited(card.parent):
+        assert not card.exists()
+        raise KeyError
+    assert card.read_text() == "# Mine" and [path.name for path in card.parent.iterdir()] == ["README.md"]

@@ -200,6 +200,36 @@ def test_a_library(owner, stranger, tmp_path):
         stranger.run("load_adapters(base(), 'user/library', names=['../calm'])")
 
 
+def test_a_subfolder_offline(hub, tmp_path, tmp_path_factory):
+    save_vector(tmp_path, seed=1, adapter="calm")
+    home = tmp_path_factory.mktemp("home")
+    online = Client(hub.url, home, token=TOKEN)
+    online.run(PRELUDE)
+    push(online, tmp_path, "user/cached-library")
+    check(online, "PeftModel.from_pretrained(base(), 'user/cached-library', subfolder='calm')")
+    hub.fault = lambda method, path: 503 if "/user/cached-library/resolve" in path and method == "HEAD" else None
+    online.run("model = base(); before = logits(model)")
+    with pytest.raises(ClientError, match="^VectorError: .*the Hub can't be reached"):
+        online.run("PeftModel.from_pretrained(model, 'user/cached-library', subfolder='calm', local_files_only=True)")
+    assert online.run("result = before == logits(model) and not hasattr(model, 'peft_config')")
+    online.close()
+    offline = Client(hub.url, home, offline=True)
+    offline.run(PRELUDE)
+    check(offline, "native('user/cached-library', subfolder='calm')")
+    check(offline, "load_adapters(base(), 'user/cached-library', names=['calm'])")
+    for load in ("PeftModel.from_pretrained(model", "first.load_adapter("):
+        offline.run("model = base(); before = logits(model)")
+        offline.run("from peft import get_peft_model; first = get_peft_model(base(), steer_adapter.SteerConfig())")
+        call = f"{load}, 'user/cached-library', adapter_name='x', subfolder='calm')".replace("(,", "(")
+        with pytest.raises(ClientError, match="^VectorError: .*Pass the folder in the cache") as error:
+            offline.run(call)
+        assert offline.run("result = before == logits(model) and not hasattr(model, 'peft_config')")
+        assert offline.run("result = list(first.peft_config)") == ["default"]
+    folder = str(error.value).split("instead: ")[1].rstrip(".")
+    check(offline, f"PeftModel.from_pretrained(base(), {folder})")
+    offline.close()
+
+
 def test_a_library_of_thousands_fetches_the_vectors_alone(hub, stranger, tmp_path):
     for path, seed in (("calm", 1), ("customers/17", 2)):
         save_vector(tmp_path / path, seed=seed)

@@ -8,6 +8,7 @@ import torch
 from conftest import layers_of, make_model, make_tokenizer
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftConfig
 
 from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
 from steer_adapter.learn.provenance import describe_pairs, pairs_hash
@@ -57,6 +58,26 @@ def test_what_a_trainer_records(tmp_path):
     assert "BiPO" in card.text and card.data.license == "mit" and "bipo" in card.data.tags
 
 
+def test_every_option_that_differs_is_recorded_and_shown(tmp_path):
+    secret = {"hub_token": "hf_secret", "prefix_cache_dir": str(tmp_path / "secret"), "save_strategy": "no"}
+    changed = {"max_grad_norm": 0.3, "max_length": 64, "label_smoothing": 0.1, "loss_type": ["sigmoid", "hinge"]}
+    run = trainer(tmp_path, **secret, **changed)
+    run.train()
+    run.args.optim_args = "/home/me/" + "x" * 5000
+    run.model.get_base_model().to(torch.bfloat16)
+    run.save_model(str(tmp_path / "out"))
+    known = PeftConfig.from_pretrained(tmp_path / "out").provenance["hyperparameters"]
+    assert known == {
+        "beta": 0.1, "loss_type": "sigmoid, hinge", "learning_rate": run.args.learning_rate, "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine", "optim": run.args.optim.value, "weight_decay": 0.0, "steps": 2, "max_steps": 2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "use_cpu": True, "dtype": "bfloat16",
+        "max_grad_norm": 0.3, "max_length": 64, "label_smoothing": 0.1, "optim_args": "x" * 200,
+    }  # fmt: skip
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| max_grad_norm | 0.3 |" in text and "| dtype | bfloat16 |" in text
+    assert "secret" not in text + (tmp_path / "out" / "adapter_config.json").read_text()
+
+
 def test_residual_norms_are_those_of_the_unsteered_model(tmp_path):
     run = trainer(tmp_path, save_strategy="no")
     batch = run.data_collator([run.train_dataset[i] for i in range(8)])
@@ -88,9 +109,11 @@ def test_checkpoints_and_the_folder_above_them(tmp_path):
     assert "# A steering vector" in (tmp_path / "checkpoint-1" / "README.md").read_text()
 
 
-def test_a_card_that_was_edited_survives_byte_for_byte(tmp_path):
+@pytest.mark.parametrize("text", ["---\ntags: [mine]\n---\n# Mine  \n", "---\n{[\n---\n", "---\ntags: 3\n---\n"])
+def test_a_card_that_was_edited_survives_byte_for_byte(tmp_path, text):
     run = trainer(tmp_path, save_strategy="no")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("---\ntags: [mine]\n---\n# Mine  \n")
+    (tmp_path / "out" / "README.md").write_text(text)
     run.save_model(str(tmp_path / "out"))
-    assert (tmp_path / "out" / "README.md").read_text() == "---\ntags: [mine]\n---\n# Mine  \n"
+    assert (tmp_path / "out" / "README.md").read_text() == text
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -4,8 +4,9 @@ import copy
 import json
 
 import pytest
-from conftest import make_model, random_vectors, set_vectors
+from conftest import VOCAB, make_model, random_vectors, set_vectors
 from peft import get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 from steer_adapter import SteerConfig
 from steer_adapter.sharing.inspection import card_warnings, fit, inspect_adapters
@@ -76,3 +77,28 @@ def test_fit(folder, base_dir, tmp_path):
     other.num_hidden_layers = 9
     other.save_pretrained(tmp_path / "nine")
     assert "num_hidden_layers=4" in fit(report, str(tmp_path / "nine"))
+
+
+def test_one_whose_config_can_not_be_read_is_there_too(folder):
+    (folder / "calm" / "adapter_config.json").write_text("{")
+    first, second = inspect_adapters(str(folder))
+    assert "error" not in first and second["name"] == "calm" and "can't be read as JSON" in second["error"]
+
+
+def test_fit_of_named_blocks_and_of_other_stacks(tmp_path, base_dir, load):
+    get_peft_model(load(), SteerConfig(target_modules=["layers.1", "layers.3"])).save_pretrained(tmp_path / "blocks")
+    (report,) = inspect_adapters(str(tmp_path / "blocks"))
+    assert report["target_modules"] and report["num_hidden_layers"] == 2
+    assert fit(report, str(base_dir())).startswith("fits by its hidden size")
+    sizes = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_heads=4, pad_token_id=0, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=3, num_decoder_layers=4))
+    model.save_pretrained(tmp_path / "t5")
+    for stack in ("encoder", None):
+        model = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
+        folder = tmp_path / str(stack)
+        get_peft_model(model, SteerConfig(layers_to_transform=1, stack=stack)).save_pretrained(folder)
+        (report,) = inspect_adapters(str(folder))
+        assert (report["stack"], report["num_hidden_layers"]) == (stack, 3 if stack else 4)
+        assert fit(report, str(tmp_path / "t5")) == "fits"
+        assert fit(report, str(base_dir("gpt2"))).startswith("fits by" if stack is None else "does not fit")
+        assert fit({**report, "hidden_size": 48}, str(tmp_path / "t5")).startswith("does not fit")

@@ -80,6 +80,15 @@ def test_one_broken_and_none_is_loaded(folder):
     assert untouched(model)
 
 
+@pytest.mark.parametrize("text", ["{", '{"hidden_size": 32}', '{"peft_type": 3}'])
+def test_one_that_can_not_be_read_is_not_passed_by(folder, text):
+    (folder / "calm" / "adapter_config.json").write_text(text)
+    model = make_model()
+    with pytest.raises(ConfigError, match="calm"):
+        load_adapters(model, str(folder))
+    assert untouched(model)
+
+
 def test_one_misfit_and_none_is_loaded(folder):
     other = get_peft_model(make_model("gpt_neox"), SteerConfig(layers_to_transform=1), adapter_name="far")
     other.save_pretrained(folder)

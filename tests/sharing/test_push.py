@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,3 +88,45 @@ def test_only_whole_vectors_are_sent(folder, sent):
     with pytest.raises(ConfigError, match="without adapter_config.json"):
         push_adapters(folder.parent / "empty", "user/vector")
     assert not sent
+
+
+@pytest.mark.parametrize(
+    ("base", "pushed"),
+    [
+        ("/home/me/secret/base", "./base"),
+        ("/home/me/hub/models--org--model/snapshots/0123abcd", "org/model"),
+        ("org/model", "org/model"),
+        ("./base", "./base"),
+        (None, None),
+    ],
+)
+def test_a_base_model_without_its_directories(folder, sent, base, pushed, caplog):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    push_adapters(folder, "user/vector")
+    config = json.loads(sent["adapter_config.json"])
+    assert config["base_model_name_or_path"] == pushed and "/home/me" not in str(sent)
+    assert {**config, "base_model_name_or_path": base} == json.loads(path.read_text())
+    assert ("nobody else has" in caplog.text) is (base is not None and base.startswith("/home/me/secret"))
+    assert ("base_model: org/model" in sent["README.md"]) is (pushed == "org/model")
+
+
+@pytest.mark.parametrize("part", ["", "calm"])
+def test_a_card_that_can_not_be_read_is_refused(folder, sent, part):
+    get_peft_model(make_model(), SteerConfig(layers_to_transform=1), adapter_name="calm").save_pretrained(folder)
+    (folder / part / "README.md").write_text("---\n{[\n---\n")
+    with pytest.raises(OutputError, match=f"{folder / part / 'README.md'} can't be read as a model card"):
+        push_adapters(folder, "user/vector")
+    assert not sent
+
+
+@pytest.mark.parametrize(("status", "advice"), [(401, "Log in"), (403, "Log in"), (503, "Push again")])
+def test_what_to_do_when_the_hub_refuses(folder, sent, monkeypatch, status, advice):
+    def refuse(*args, **kwargs):
+        error = OSError("no")
+        error.response = SimpleNamespace(status_code=status)
+        raise error
+
+    monkeypatch.setattr("steer_adapter.sharing.push.hf_hub_download", refuse)
+    with pytest.raises(OutputError, match=f"whole or not at all. {advice}"):
+        push_adapters(folder, "user/vector")

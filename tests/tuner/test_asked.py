@@ -54,7 +54,7 @@ def test_requests(layer):
     ranks = torch.arange(3)[None]
     scoped = asked(names=("late", "a"), prompt_lengths=torch.tensor([2, 3]), ranks=ranks)
     assert scoped.multipliers["late"].squeeze(-1).tolist() == [[0.0, 0.5, 0.5], [0.0, 0.0, 0.0]]
-    with pytest.raises(ModelError, match="without prompt lengths"):
+    with pytest.raises(ModelError, match="without prompt lengths.*task_type='CAUSAL_LM'"):
         asked(names=("late", "a"), ranks=ranks)
     with pytest.raises(ModelError, match="without their decoder"):
         asked(names=("late", "a"), prompt_lengths=torch.tensor([2, 3]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_layer_out_of_range_is_refused(layers):
         (dict(layers_to_transform=1, target_modules=["a"]), "both"),
         (dict(stack="encoder", target_modules=["a"]), "both `stack`='encoder' and `target_modules`"),
         (dict(stack=""), "`stack`: received '', expected the path of a module"),
-        (dict(stack=3), "`stack`: received 3, expected the path of a module"),
+        (dict(stack=3), "`stack`: received 3, expected a short text"),
         (dict(hidden_size=-4), "hidden_size.*positive integer"),
         (dict(num_hidden_layers=0), "num_hidden_layers.*positive integer"),
         (dict(format_version=2), "format_version.*received 2.*newer"),
@@ -100,7 +101,7 @@ def test_what_is_saved(adapter_dir):
         (dict(hidden_size=HIDDEN * 2), (ModelError, VectorError), "hidden_size=64|shape"),
         (dict(num_hidden_layers=30), ModelError, "num_hidden_layers=30.*num_hidden_layers=4"),
         (dict(num_hidden_layers=None), ConfigError, "lacks `num_hidden_layers`"),
-        (dict(layers_to_transform=[1, 9]), (ModelError, VectorError), "expected values from -4 to 3|layers .1, 3."),
+        (dict(layers_to_transform=[1, 9]), ConfigError, "expected values from 0 to 3"),
         (dict(format_version=99), ConfigError, "format_version"),
         (dict(operation="ablate"), ConfigError, "operation"),
         (dict(multiplier=float("nan")), ConfigError, "multiplier"),
@@ -212,3 +213,23 @@ def test_adapters_do_not_share_a_config():
     model = get_peft_model(make_model(), config)
     model.add_adapter("second", config)
     assert model.peft_config["second"] is not config and model.peft_config["second"] == config
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_weights_are_as_readable_as_the_config(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        get_peft_model(make_model(), SteerConfig(layers_to_transform=1)).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(["README.md", "adapter_config.json", "adapter_model.safetensors"], 0o666 & ~umask)
+
+
+def test_a_pickle_is_not_saved_as_an_adapter(tmp_path):
+    model = get_peft_model(make_model(), SteerConfig(layers_to_transform=1))
+    with pytest.raises(VectorError, match="Save without safe_serialization=False"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / "adapter_config.json").exists()
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make_model(), tmp_path)

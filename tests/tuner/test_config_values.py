@@ -47,3 +47,10 @@ def test_a_regex_is_for_ones_own_use_only():
     assert SteerConfig(target_modules="layers.1", format_version=1).target_modules == "layers.1"
     with pytest.raises(ConfigError, match="regex .* from a file, expected a list of names"):
         SteerConfig(target_modules="(a+)+$", format_version=1)
+
+
+@pytest.mark.parametrize("layers", [100, [0, 100], [4], [-5]])
+def test_a_saved_config_names_no_layer_beyond_its_own_number(layers):
+    with pytest.raises(ConfigError, match="`num_hidden_layers` says 4: expected values from 0 to 3"):
+        SteerConfig(layers_to_transform=layers, num_hidden_layers=4, format_version=1)
+    assert SteerConfig(layers_to_transform=[0, 3], num_hidden_layers=4, format_version=1).is_saved

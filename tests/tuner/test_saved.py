@@ -43,6 +43,7 @@ def test_keys_of_other_paths_are_matched_by_layer():
     ("tensors", "message"),
     [
         ({KEY: torch.zeros(HIDDEN), "score.weight": torch.zeros(4, 4)}, "received the key 'score.weight'"),
+        ({KEY + "\n": torch.zeros(HIDDEN)}, "received the key"),
         ({KEY: torch.zeros(HIDDEN + 1)}, r"shape \[33\], expected floating point of shape \[32\]"),
         ({KEY: torch.zeros(1, HIDDEN)}, "shape"),
         ({KEY: torch.zeros(HIDDEN, dtype=torch.int64)}, "I64"),
