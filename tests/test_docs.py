@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from steer_adapter import SteerConfig
+from steer_adapter.errors import SteerError
 
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +64,70 @@ def test_format(tmp_path, monkeypatch):
         wanted = {key: value.tolist() for key, value in load_file(path).items()}
         _, vectors = names["read_vectors"](path.parent)
         assert {f"base_model.model.{module}.steering.steer_vector": v for module, v in vectors.items()} == wanted
+
+
+def reader() -> Any:
+    (code,) = [code for language, code in blocks("docs/format.md") if "def read_vectors" in code]
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/format.md", "exec"), names)
+    assert len(code.splitlines()) < 65
+    return names["read_vectors"]
+
+
+KEY = "base_model.model.model.layers.{}.steering.steer_vector"
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], **changes: object) -> Path:
+    """An adapter on the layers 1 and 3 of a model of 4 and width 8, but for the changes."""
+    config = {"peft_type": "STEER", "format_version": 1, "hidden_size": 8, "num_hidden_layers": 4, "stack": None,
+              "target_modules": None, "layers_to_transform": [1, 3], "operation": "add"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_the_printed_reader_follows_its_page(tmp_path):
+    read = reader()
+    vectors = {KEY.format(layer): torch.arange(8) + torch.tensor(layer / 2) for layer in (1, 3)}
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        saved = {key: vector.to(dtype) for key, vector in vectors.items()}
+        multiplier, found = read(write(tmp_path, {**saved, "base_model.model.lm_head.weight": torch.ones(2)}))
+        assert multiplier == 1 and list(found) == ["model.layers.1", "model.layers.3"]
+        assert found["model.layers.3"] == [i + 1.5 for i in range(8)]
+    assert len(read(write(tmp_path, {KEY.format(1): torch.ones(8)}, layers_to_transform=1))[1]) == 1
+    every = {KEY.format(layer): torch.ones(8) for layer in range(4)}
+    assert len(read(write(tmp_path, every, layers_to_transform=None))[1]) == 4
+    blocks = {"target_modules": ["lm_head"], "layers_to_transform": None, "num_hidden_layers": 1}
+    saved = {"base_model.model.lm_head.steering.steer_vector": torch.ones(8)}
+    assert list(read(write(tmp_path, saved, **blocks))[1]) == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes"),
+    [
+        ({"plain": torch.ones(8)}, {}),
+        ({"model.layers.1.steering.steer_vector": torch.ones(8)}, {"layers_to_transform": [1]}),
+        ({KEY.format(1) + "\n": torch.ones(8)}, {"layers_to_transform": [1]}),
+        ({KEY.format(1): torch.ones(9)}, {"layers_to_transform": [1]}),
+        ({KEY.format(1): torch.ones(8, dtype=torch.int32)}, {"layers_to_transform": [1]}),
+        ({KEY.format(1): torch.full((8,), float("nan"))}, {"layers_to_transform": [1]}),
+        ({KEY.format(1): torch.full((8,), 1e300, dtype=torch.float64)}, {"layers_to_transform": [1]}),
+        ({KEY.format(1): torch.ones(8)}, {}),
+        ({KEY.format(2): torch.ones(8)}, {"layers_to_transform": [1]}),
+        ({KEY.format(1): torch.ones(8)}, {"layers_to_transform": [1, 1]}),
+        ({KEY.format(1): torch.ones(8)}, {"layers_to_transform": [-3]}),
+        ({KEY.format(9): torch.ones(8)}, {"layers_to_transform": [9]}),
+        ({KEY.format(1): torch.ones(8)}, {"layers_to_transform": [1], "format_version": 2}),
+        ({KEY.format(1): torch.ones(8)}, {"layers_to_transform": [1], "operation": "ablate"}),
+        ({KEY.format(1): torch.ones(8)}, {"layers_to_transform": [1], "token_scope": "prompt"}),
+    ],
+)
+def test_the_printed_reader_refuses_what_the_package_refuses(tmp_path, tensors, changes):
+    with pytest.raises(ValueError, match="."):
+        reader()(write(tmp_path, tensors, **changes))
+    if "token_scope" not in changes:
+        with pytest.raises(SteerError):
+            SteerConfig.from_pretrained(tmp_path)
 
 
 SLOW = ("scale.md",)  # it starts processes
