@@ -18,7 +18,7 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize("argv", [[], ["fly"], ["--fly"]])
 def test_wrong_usage_is_2(argv, capsys):
     assert cli.main(argv) == 2
-    assert "expected one of demo, train, generate" in capsys.readouterr().err
+    assert "expected one of demo, train, plan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

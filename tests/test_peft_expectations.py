@@ -171,7 +171,13 @@ def test_the_base_models_state_dict(steered):
 
 
 def test_pickled_weights_are_not_read(steered, tmp_path):
-    steered.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(VectorError, match="Save without safe_serialization=False"):
+        steered.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert not (tmp_path / "pickled" / "adapter_config.json").exists()
+    steered.save_pretrained(tmp_path)
+    vectors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(vectors, tmp_path / "adapter_model.bin")
     with pytest.raises(VectorError, match="pickled weights"):
         PeftModel.from_pretrained(make_model(), tmp_path)
 
