@@ -14,10 +14,15 @@ class SharedStates:
     Args:
         depths: how many layers are frozen for each of the trainers that will use it. The first one's pass over the
             data records them all.
+
+    Attributes:
+        caches: those that are open, by number of layers.
+        exact: what the first trainer found: why prompts are not shared, and which shortcuts are exact.
     """
 
     def __init__(self, depths: Iterable[int] = ()) -> None:
         self.depths = tuple(depths)
+        self.exact: tuple[str | None, bool, bool, bool] | None = None
         self.caches: dict[int, StateCache] = {}
 
     def close(self) -> None:

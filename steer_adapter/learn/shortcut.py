@@ -111,7 +111,9 @@ def share_prompts(trainer: BiPOTrainer, model: Any) -> None:
             # A model that is yet to be sharded runs elsewhere than it is now.
             return found, forward.shares, forward.by_pair and device.type == "cpu", forward.narrows
 
-        reason, forward.shares, forward.by_pair, forward.narrows = agreed(model, look)
+        states = trainer.shared_states or SharedStates()
+        states.exact = states.exact or agreed(model, look)  # the same for all trainers of a model
+        reason, forward.shares, forward.by_pair, forward.narrows = states.exact
     if not trainer.accelerator.is_main_process:
         return
     if reason is not None:

@@ -11,6 +11,7 @@ from tiny_runs import pairs, trainer
 
 from steer_adapter import BiPOConfig, SteerConfig
 from steer_adapter.errors import ConfigError, SteerError
+from steer_adapter.learn.forward import PairForward
 from steer_adapter.learn.together import trainers_together
 from steer_adapter.tuner import SteerLayer
 
@@ -67,6 +68,16 @@ def test_what_is_frozen_is_computed_once(tmp_path):
     assert all(count < recorded for count in later)
     folders = [path for path in (tmp_path / "all").iterdir() if path.name.startswith((".prefix", "prefix"))]
     assert not folders
+
+
+def test_what_is_exact_is_found_out_once(tmp_path, monkeypatch):
+    asked = []
+    find = PairForward.find_out_what_is_exact
+    monkeypatch.setattr(PairForward, "find_out_what_is_exact", lambda *a: asked.append(1) or find(*a))
+    for _, run in together(make_model(), tmp_path, max_steps=1):
+        run.train()
+        assert run.pair_forward.shares
+    assert len(asked) == 1
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
