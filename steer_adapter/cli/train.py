@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,6 +130,7 @@ def _apply_recipe(argv: Sequence[str], parser: TrlParser) -> str | None:
 
 def run(argv: Sequence[str]) -> None:
     """The command."""
+    _defaults()
     arguments, config, vectors = parse(argv)
     speaks = one_speaks()
     _check(arguments, config, vectors)
@@ -153,6 +155,11 @@ def run(argv: Sequence[str]) -> None:
 def _check(arguments: TrainArguments, config: BiPOConfig, vectors: list[Vector]) -> None:
     if arguments.method == "mean-difference" and config.resume_from_checkpoint:
         raise ConfigError("Received --resume_from_checkpoint with --method mean-difference, which has no checkpoints.")
+    if len(vectors) > 1 and config.resume_from_checkpoint not in (None, "last", "True", "true"):
+        raise ConfigError(
+            f"--resume_from_checkpoint: received {config.resume_from_checkpoint!r} for {len(vectors)} vectors, "
+            "expected 'last': a checkpoint is of one vector."
+        )
     hashes = (arguments.data_sha256, arguments.eval_data_sha256)
     if hashes != (None, None) and len({vector.data for vector in vectors}) > 1:
         raise ConfigError("Received --data-sha256 with several --data, expected one: it is the hash of one file.")
@@ -231,7 +238,13 @@ def options(arguments: TrainArguments, trainer: BiPOTrainer) -> dict[str, Any]:
     """What `run.yaml` holds."""
     hashes = [trainer.provenance.get(key, {}).get("sha256") for key in ("data", "held_out")]
     found = replace(arguments, data_sha256=hashes[0], eval_data_sha256=hashes[1])
-    return run_options(found, trainer.args, BiPOConfig(output_dir=trainer.args.output_dir))
+    return run_options(found, trainer.args, _defaults())
+
+
+@cache
+def _defaults() -> BiPOConfig:
+    """Made before any other: one that is made later changes what accelerate knows of the processes."""
+    return BiPOConfig(output_dir="defaults")
 
 
 def _load_data(arguments: TrainArguments, vector: Vector) -> tuple[Any, Any]:

@@ -114,6 +114,13 @@ def test_several_behaviors_and_what_is_done_is_kept(argv, data, tmp_path, capsys
         assert torch.equal(vector, second[key])
 
 
+def test_a_checkpoint_is_of_one_vector(argv, tmp_path, capsys):
+    at = argv.index("--layers")
+    options = ["--layers", "each:1-2", *argv[at + 3 :], "--resume_from_checkpoint", "a/checkpoint-1"]
+    assert cli.main([*argv[:at], *options]) == 1
+    assert "expected 'last'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_seed_decides(argv, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         argv[argv.index("--output") + 1] = str(tmp_path / name)
