@@ -52,8 +52,8 @@ def two(command: list[str], output: str, logs: str) -> list[str]:
     return printed
 
 
-def same(tmp_path, atol: float) -> None:
-    vectors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+def same(tmp_path, atol: float, folder: str = ".") -> None:
+    vectors = [load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("one", "two")]
     for key, value in vectors[0].items():
         assert torch.allclose(value, vectors[1][key], atol=atol) and value.norm() > 0.01
 
@@ -80,6 +80,17 @@ def test_mean_difference_is_over_all_pairs(command, tmp_path):
     one(command, str(tmp_path / "one"))
     two(command, str(tmp_path / "two"), str(tmp_path / "logs"))
     same(tmp_path, 1e-5)
+
+
+@pytest.mark.slow
+def test_several_vectors(command, tmp_path):
+    command = [word for word in command if word not in ("1", "-1")]
+    command.insert(command.index("--layers") + 1, "each:1-2")
+    one(command, str(tmp_path / "one"))
+    first, second = two(command, str(tmp_path / "two"), str(tmp_path / "logs"))
+    assert "each in a folder of its name" in first and "each in a folder" not in second, (first + second)[-3000:]
+    for name in ("layer-1", "layer-2"):
+        same(tmp_path, 1e-4, name)
 
 
 def test_all_of():
