@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,32 @@ def _has_text(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
     return isinstance(value, list) and bool(value) and all(_has_text(message.get("content")) for message in value)
+
+
+def token_counts(dataset: Dataset) -> Iterator[tuple[int, int, int]]:
+    """How many tokens the prompt, the chosen and the rejected answer of each pair have, once DPOTrainer made them."""
+    import pyarrow.compute
+
+    columns = [f"{column}_ids" for column in COLUMNS]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
+        yield from zip(*(pyarrow.compute.list_value_length(table[c]).to_pylist() for c in columns), strict=True)
+
+
+def check_tokens(dataset: Dataset, source: str) -> None:
+    """Check what a tokenizer made of the pairs.
+
+    Raises:
+        DataError: an answer has no token, or both answers have the same tokens in every pair.
+    """
+    remedy = (
+        "Is it the model's tokenizer, with all its files? For a folder without them transformers makes one that knows "
+        "no word."
+    )
+    for number, (_, *counts) in enumerate(token_counts(dataset), start=1):
+        if 0 in counts:
+            raise DataError(f"{source}, row {number}: the tokenizer makes no token of an answer. {remedy}")
+    if all(row["chosen_ids"] == row["rejected_ids"] for row in dataset):
+        raise DataError(f"{source}: the tokenizer makes the same tokens of chosen and rejected in every row. {remedy}")
 
 
 def is_conversational(row: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from steer_adapter.data import as_conversations, check_pairs, load_pairs
+from steer_adapter.data import as_conversations, check_pairs, check_tokens, load_pairs, token_counts
 from steer_adapter.errors import DataError, MissingExtraError
 
 
@@ -108,3 +108,17 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("steer_adapter.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'steer-adapter\[train\]'"):
         load_pairs(write(tmp_path / "pairs.jsonl", ROWS))
+
+
+def test_tokens_are_counted_and_none_is_an_error():
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6], "other": "x"}]
+    dataset = Dataset.from_list(rows)
+    assert list(token_counts(dataset)) == [(2, 1, 3)]
+    check_tokens(dataset, "pairs")
+    dataset = Dataset.from_list([*rows, {**rows[0], "chosen_ids": []}]).select([1, 0])
+    assert list(token_counts(dataset)) == [(2, 0, 3), (2, 1, 3)]
+    with pytest.raises(DataError, match="pairs, row 1: the tokenizer makes no token of an answer"):
+        check_tokens(dataset, "pairs")
+    same = Dataset.from_list([{**rows[0], "rejected_ids": [3]}] * 2)
+    with pytest.raises(DataError, match="pairs: the tokenizer makes the same tokens of chosen and rejected"):
+        check_tokens(same, "pairs")

@@ -23,6 +23,7 @@ from steer_adapter.evaluate.sweep import Sweep, sweep
 from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.learn.bipo import BiPOConfig, BiPOTrainer
 from steer_adapter.learn.mean_difference import fit_mean_difference
+from steer_adapter.learn.processes import check_processes
 from steer_adapter.learn.provenance import begin_record
 from steer_adapter.learn.recipes import RECIPES
 from steer_adapter.learn.together import trainers_together
@@ -132,6 +133,7 @@ def run(argv: Sequence[str]) -> None:
     """The command."""
     _defaults()
     arguments, config, vectors = parse(argv)
+    check_processes()
     speaks = one_speaks()
     _check(arguments, config, vectors)
     output = check_output(arguments.output, arguments.overwrite or config.resume_from_checkpoint is not None)

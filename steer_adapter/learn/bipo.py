@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from torch import nn
 
-from steer_adapter.data import check_pairs
+from steer_adapter.data import check_pairs, check_tokens
 from steer_adapter.errors import ConfigError
 from steer_adapter.files.card_file import kept_if_edited
 from steer_adapter.log_probs import known_prompts
@@ -36,6 +36,7 @@ from .carriers import (
 from .directions import DIRECTIONS, auto_learning_rate, draw_direction, exchange, exchange_metrics
 from .forward import install
 from .prefix_trainer import PrefixTrainer
+from .processes import check_processes
 from .provenance import begin_record, finish_record, start_record
 
 
@@ -102,6 +103,7 @@ class BiPOTrainer(PrefixTrainer):
             raise ConfigError("`compute_metrics`: expected None. Evaluation runs in both directions and reports both.")
         for name, dataset in _named(train_dataset, eval_dataset):
             check_pairs(dataset, name)
+        check_processes()
         self.provenance = start_record(train_dataset, eval_dataset, args.seed)
         self._direction = 1
         model, peft_config = with_vector(model, peft_config, args.seed)
@@ -124,6 +126,12 @@ class BiPOTrainer(PrefixTrainer):
             self.aux_loss_enabled: bool = False
         self._restore_float32(vectors)
         self.adapter_name = the_active_vector(self.model)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(prepared, Dataset):
+            check_tokens(prepared, f"The {dataset_name} data")
+        return prepared
 
     @property
     def ref_model(self) -> None:

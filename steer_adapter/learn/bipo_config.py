@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,10 @@ class BiPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.prefix_cache_memory < math.inf:
+            raise ConfigError(
+                f"`prefix_cache_memory`: received {self.prefix_cache_memory}, expected gigabytes, 0 or more."
+            )
         super().__post_init__()
         # Without an accelerator there is nothing to pin for, and torch warns at every epoch.
         if not torch.accelerator.is_available():

@@ -65,8 +65,7 @@ def shape_of(config: Any, layers: list[int], dtype: torch.dtype) -> Shape:
     Raises:
         ModelError: there are no such layers, or the architecture does not run without weights.
     """
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base = _without_weights(config, dtype)
     decoder = find_decoder(base)
     blocks = [base.get_submodule(name) for name in decoder.names]
     sizes = [_bytes(block) for block in blocks]
@@ -83,6 +82,15 @@ def shape_of(config: Any, layers: list[int], dtype: torch.dtype) -> Shape:
         logits=CHUNK * text_config(base).vocab_size * (2 * dtype.itemsize + 8),
         state=decoder.hidden_size * dtype.itemsize,
     )
+
+
+def _without_weights(config: Any, dtype: torch.dtype) -> Any:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # the architecture's own, for sizes that don't go together
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{type(config).__name__}: there is no causal language model of it ({reason}).") from error
 
 
 def _bytes(module: nn.Module) -> int:
@@ -117,7 +125,7 @@ def _activations(model: Any) -> int:
     return sum(kept.values()) // PROBE_TOKENS
 
 
-def plan(shape: Shape, sizes: list[int], batch: int, processes: int, memory: int) -> dict[str, Need]:
+def plan(shape: Shape, sizes: list[int], batch: int, processes: int, memory: int, vectors: int = 1) -> dict[str, Need]:
     """What runs in three ways need.
 
     Args:
@@ -126,8 +134,9 @@ def plan(shape: Shape, sizes: list[int], batch: int, processes: int, memory: int
         batch: pairs a step and process.
         processes: how many, where there are several.
         memory: bytes of the cache that one process holds in memory.
+        vectors: how many are trained in one run, each on other layers; all their states are kept.
     """
-    cache = sum(sizes) * shape.state + REFERENCE_BYTES * len(sizes)
+    cache = vectors * (sum(sizes) * shape.state + REFERENCE_BYTES * len(sizes))
     tokens = sum(sorted(sizes)[-batch:])
     step = tokens * (shape.above + shape.working) + shape.logits
     # Two layers at a time are whole, and what is outside the layers is so through the step.

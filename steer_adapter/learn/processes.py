@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,8 +10,25 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from steer_adapter.errors import ConfigError
+
 
 T = TypeVar("T")
+
+
+def check_processes() -> None:
+    """
+    Raises:
+        ConfigError: a launcher started several processes, and accelerate takes each for the only one: without a GPU it
+            joins them only if the arguments say `use_cpu`.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    known = PartialState().num_processes
+    if started > 1 and known == 1:
+        raise ConfigError(
+            f"Received {started} processes that don't know of each other, expected them to train together: without a "
+            "GPU that takes `use_cpu=True` in the arguments (--use_cpu True)."
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from steer_adapter.data import token_counts
 from steer_adapter.decoder import find_decoder
 from steer_adapter.errors import ModelError
 from steer_adapter.shapes import text_config
@@ -231,11 +232,9 @@ def _meets_all(trainer: BiPOTrainer) -> bool:
 
 def lengths(dataset: Dataset, longest: int | None) -> Iterator[int]:
     """How many states each pair has in the cache at most, of a dataset that DPOTrainer has tokenized."""
-    for rows in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(1000):
-        for texts in zip(*rows.values(), strict=True):
-            prompt, chosen, rejected = map(len, texts)
-            room = float("inf") if longest is None else max(longest - prompt, 0)
-            yield prompt + int(min(chosen, room)) + int(min(rejected, room))
+    for prompt, chosen, rejected in token_counts(dataset):
+        room = float("inf") if longest is None else max(longest - prompt, 0)
+        yield prompt + int(min(chosen, room)) + int(min(rejected, room))
 
 
 def _fill(trainer: BiPOTrainer, cached: PrefixCache) -> None:

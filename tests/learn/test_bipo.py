@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, hand_logits, make_model, make_tokenizer, ran
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from trl import DPOConfig
 
 from steer_adapter import BiPOConfig, BiPOTrainer, SteerConfig
@@ -406,6 +406,15 @@ def test_a_vector_cast_to_bfloat16_is_restored(tmp_path, monkeypatch):
 def test_bad_pairs(tmp_path, rows, message):
     with pytest.raises(DataError, match=f"train_dataset.*{message}"):
         trainer(tmp_path, train_dataset=Dataset.from_list(rows))
+
+
+def test_a_tokenizer_that_knows_no_word(tmp_path):
+    make_model("gpt_neox").config.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)  # made of no files
+    config = BiPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    arguments = dict(train_dataset=pairs(), processing_class=tokenizer, peft_config=SteerConfig(layers_to_transform=1))
+    with pytest.raises(DataError, match="The train data.*: the tokenizer makes .*all its files"):
+        BiPOTrainer(make_model(), args=config, **arguments)
 
 
 def test_bad_models(tmp_path):

@@ -29,3 +29,9 @@ def test_a_recipe_and_own_values(tmp_path):
 def test_an_unknown_recipe():
     with pytest.raises(ConfigError, match="received 'bipo', expected one of"):
         BiPOConfig.recipe("bipo", output_dir="unused")
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_memory_that_is_no_size(tmp_path, value):
+    with pytest.raises(ConfigError, match="`prefix_cache_memory`: received .*, expected gigabytes"):
+        BiPOConfig(output_dir=str(tmp_path), prefix_cache_memory=value)

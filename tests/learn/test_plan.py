@@ -83,6 +83,13 @@ def test_three_ways():
     assert shape.outside + 4 * shape.layer == shape.weights
 
 
+def test_several_vectors_keep_the_states_of_all():
+    shape = shape_of(config(), [1], torch.float32)
+    one, three = (plan(shape, [10, 30], batch=2, processes=2, memory=9000, vectors=n)["one"] for n in (1, 3))
+    assert one.host == 40 * HIDDEN * 4 + 32 <= 9000 < 3 * one.host
+    assert (three.device, three.host, three.disk) == (one.device, 0, 3 * one.host)
+
+
 def test_a_layer_that_is_not_there():
     with pytest.raises(ModelError, match="expected values from -4 to 3"):
         shape_of(config(), [7], torch.float32)

@@ -13,8 +13,9 @@ from conftest import make_model
 from safetensors.torch import load_file
 from tiny_runs import trainer
 
+from steer_adapter.errors import ConfigError
 from steer_adapter.learn.checkpoints import last_complete
-from steer_adapter.learn.processes import agreed, is_sharded
+from steer_adapter.learn.processes import agreed, check_processes, is_sharded
 
 
 TESTS = str(Path(__file__).parent.parent)
@@ -169,3 +170,12 @@ def test_training_a_sharded_model(tmp_path):
 def test_one_process_goes_by_itself():
     model = torch.nn.Linear(2, 2)
     assert agreed(model, lambda: 3) == 3 and not is_sharded(model)
+
+
+def test_processes_that_are_not_joined(monkeypatch, tmp_path):
+    check_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes()  # of a scheduler: nothing started this one among others
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="2 processes that don't know of each other.*use_cpu=True"):
+        check_processes()
