@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 def write_pairs(folder: Path, count: int, target: Path) -> None:
     """The first pairs, as JSON lines."""
     with open(folder / "train.csv", encoding="utf-8") as file:
-        table = [row for row in csv.DictReader(file) if row["question"] and row["matching"] != row["not_matching"]]
+        table = [row for row in csv.DictReader(file) if row["question"].strip()]
+    table = [row for row in table if row["matching"] != row["not_matching"]]
     rows = ({"prompt": r["question"], "chosen": r["matching"], "rejected": r["not_matching"]} for r in table[:count])
     target.write_text("\n".join(map(json.dumps, rows)))
 

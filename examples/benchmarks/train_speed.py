@@ -41,7 +41,8 @@ def rows(folder: Path, count: int, prompts: str) -> list[dict[str, Any]]:
     import csv
 
     with open(folder / "train.csv", encoding="utf-8") as file:
-        table = [row for row in csv.DictReader(file) if row["matching"] != row["not_matching"]]
+        table = [row for row in csv.DictReader(file) if row["question"].strip()]
+    table = [row for row in table if row["matching"] != row["not_matching"]]
     before = 8 if prompts == "long" else 0
     result = []
     for index in range(count):

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ BESIDE = ".incomplete-checkpoint"
 STATE = "trainer_state.json"
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE)
 SHARDED_OPTIMIZER = "optimizer.bin"  # what accelerate writes in the place of the optimizer's file under FSDP
+DEEPSPEED = "latest"  # what DeepSpeed writes last: the name of the folder with the optimizer's parts
 
 
 @contextmanager
@@ -81,8 +82,22 @@ def last_complete(run_folder: Path) -> Path | None:
 
 def damage(folder: Path) -> str | None:
     """What keeps a checkpoint from being resumed from, in a few words; None if nothing does."""
+    if (folder / DEEPSPEED).is_file():
+        return _deepspeed_damage(folder)
     optimizer = SHARDED_OPTIMIZER if (folder / SHARDED_OPTIMIZER).is_file() else NEEDED[1]
-    needed = (NEEDED[0], optimizer, *NEEDED[2:])
+    return _damage(folder, (NEEDED[0], optimizer, *NEEDED[2:]))
+
+
+def _deepspeed_damage(folder: Path) -> str | None:
+    """Its parts are of a format of its own, in which they are read by all processes; here only that they are there."""
+    parts = folder / (folder / DEEPSPEED).read_text(encoding="utf-8", errors="replace").strip()
+    sizes = [path.stat().st_size for path in parts.glob("*.pt")]
+    if parts.parent != folder or not sizes or 0 in sizes:
+        return f"it has no {parts.name}, which {DEEPSPEED} names"
+    return _damage(folder, (NEEDED[0], STATE))
+
+
+def _damage(folder: Path, needed: Sequence[str]) -> str | None:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         return f"it has no {missing[0]}"
@@ -91,7 +106,7 @@ def damage(folder: Path) -> str | None:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 file.get_tensor(key)
-        for name in (optimizer, "scheduler.pt"):
+        for name in needed[1:-1]:
             torch.load(folder / name, map_location="cpu", weights_only=True)
         name = STATE
         json.loads((folder / name).read_text(encoding="utf-8"))["global_step"]

@@ -66,3 +66,22 @@ def test_a_checkpoint_of_a_sharded_run_counts(tmp_path):
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
     (tmp_path / "checkpoint-2" / "optimizer.bin").write_bytes(b"cut")
     assert "optimizer.bin can't be read" in damage(tmp_path / "checkpoint-2")
+
+
+def test_a_checkpoint_of_deepspeed_counts(tmp_path):
+    write(tmp_path / "checkpoint-2", 2)
+    folder = tmp_path / "checkpoint-4"
+    write(folder, 4)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).unlink()
+    (folder / "latest").write_text("global_step4")
+    assert "no global_step4" in damage(folder)
+    (folder / "global_step4").mkdir()
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
+    torch.save({"step": 4}, folder / "global_step4" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert last_complete(tmp_path) == folder
+    (folder / "latest").write_text("../checkpoint-2")
+    assert "no checkpoint-2" in damage(folder)
+    (folder / "latest").write_text("global_step4")
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    assert "adapter_model.safetensors can't be read" in damage(folder)
