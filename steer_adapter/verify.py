@@ -92,7 +92,7 @@ def _arrival(
     adapter: str, name: str, layer: SteerLayer, seen: tuple[torch.Tensor, torch.Tensor] | None, finite: bool
 ) -> Arrival:
     with layer.at_hand():
-        vector, multiplier = whole(layer.steer_vector[adapter].detach()), layer.multipliers[adapter]
+        vector, multiplier = whole(layer.steer_vector[adapter]).detach(), layer.multipliers[adapter]
     dose = float("nan")
     if seen is not None:
         dose = float((multiplier * vector).norm() / seen[0].float().norm(dim=-1).mean())

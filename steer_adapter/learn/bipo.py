@@ -210,7 +210,7 @@ class BiPOTrainer(PrefixTrainer):
         if "loss" in logs:
             layers = steer_layers(self.model)
             norms = {
-                n: float(whole(layer.steer_vector[self.adapter_name].detach()).norm()) for n, layer in layers.items()
+                n: float(whole(layer.steer_vector[self.adapter_name]).detach().norm()) for n, layer in layers.items()
             }
             logs["vector_norm"] = sum(norms.values()) / len(norms)
             logs["dose"] = sum(norm / self._mean_norms[name] for name, norm in norms.items()) / len(norms)

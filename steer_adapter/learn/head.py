@@ -23,26 +23,33 @@ CHUNK = 512  # tokens whose logits are held at once
 BLOCK_BYTES = 4 * 2**20  # of them, what is worked on at once: it stays in a CPU's cache
 
 
-def completion_fields(head: Head, states: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def completion_fields(
+    head: Head, states: torch.Tensor, targets: torch.Tensor, in_chunks: bool = True
+) -> dict[str, torch.Tensor]:
     """Log-probability, entropy, mean logit and correctness of each predicted token.
 
     Args:
         head: gives logits `[k, V]` for states `[k, H]`.
         states: `[K, H]`, the last hidden states of the tokens that predict.
         targets: `[K]`, the tokens predicted.
+        in_chunks: whether the head may be called several times, for some of the states each.
 
     Returns:
         by name, `[K]` each: float32, and boolean for `is_top1`. Gradients flow through `log_probs` alone.
     """
-    return dict(zip(STATISTICS, _Fields.apply(states, targets, head), strict=True))
+    return dict(
+        zip(STATISTICS, _Fields.apply(states, targets, head, CHUNK if in_chunks else len(targets)), strict=True)
+    )
 
 
 class _Fields(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, states: torch.Tensor, targets: torch.Tensor, head: Head, size: int
+    ) -> tuple[torch.Tensor, ...]:
         wanted = ctx.needs_input_grad[0]
         fields, gradients = [], []
-        for chunk, target in zip(states.detach().split(CHUNK), targets.split(CHUNK), strict=True):
+        for chunk, target in zip(states.detach().split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wanted):
                 chunk.requires_grad_(wanted)
                 logits = head(chunk)
@@ -59,7 +66,7 @@ class _Fields(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         (slope,) = ctx.saved_tensors
-        return (gradients[0][:, None] * slope).to(slope.dtype), None, None
+        return (gradients[0][:, None] * slope).to(slope.dtype), None, None, None
 
 
 def logits_fields(

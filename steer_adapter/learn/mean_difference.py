@@ -16,6 +16,8 @@ from torch import nn
 from steer_adapter.errors import DataError
 from steer_adapter.tuner import SteerLayer
 
+from .processes import gathered
+
 
 def completion_means(hidden_states: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
     """Mean of hidden states over the completion tokens of each row, in float32.
@@ -92,6 +94,6 @@ def hidden_states(
                     raise _AllSeen
 
             stack.callback(layer.register_forward_pre_hook(record).remove)
-        with suppress(_AllSeen):
+        with gathered(model), suppress(_AllSeen):
             model(**{key: batch[key].to(device) for key in ("input_ids", "attention_mask")})
     return seen

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -32,8 +33,41 @@ def check_processes() -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold a part of each parameter (FSDP2, tensor parallelism)."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether processes hold a part of each parameter (FSDP2, tensor parallelism, DeepSpeed ZeRO-3)."""
+    return is_partitioned(model) or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether it is DeepSpeed ZeRO-3 that holds the parts."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Lets a model run that transformers loaded in parts for DeepSpeed ZeRO-3, before DeepSpeed has prepared it: each
+    module's own parameters are whole while it runs."""
+    with ExitStack() as hooks, ExitStack() as last:
+        for module in model.modules():
+            own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+            if own and not hasattr(module, "ds_id"):  # which DeepSpeed gives those that it looks after
+                whole = _Whole(own)
+                hooks.callback(module.register_forward_pre_hook(whole.begin).remove)
+                hooks.callback(module.register_forward_hook(whole.end).remove)
+                last.callback(whole.end)  # of a forward that was broken off
+        yield
+
+
+class _Whole:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.context = parameters, ExitStack()
+
+    def begin(self, *_: Any) -> None:
+        from deepspeed import zero
+
+        self.context.enter_context(zero.GatheredParameters(self.parameters))
+
+    def end(self, *_: Any) -> None:
+        self.context.close()
 
 
 def agreed(model: nn.Module, find: Callable[[], T]) -> T:

@@ -72,7 +72,12 @@ def vectors_to_load(
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor gathered from the processes that hold parts of it, in all of them; any other as it is."""
-    # Known by its method: torch's class for sharded tensors takes long to import.
+    # Known by an attribute each: torch's class for sharded tensors and DeepSpeed take long to import.
+    if hasattr(tensor, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -73,3 +73,17 @@ def test_a_forward_is_put_back_after_an_error():
         assert "forward" in model.model.__dict__
         raise KeyError
     assert "forward" not in model.model.__dict__
+
+
+@pytest.mark.parametrize(("in_chunks", "calls"), [(True, [2, 2, 1]), (False, [5])])
+def test_how_often_the_head_is_called(monkeypatch, in_chunks, calls):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    weight, seen = torch.randn(11, 4), []
+
+    def head(states):
+        seen.append(len(states))
+        return states @ weight.T
+
+    states = torch.randn(5, 4, requires_grad=True)
+    completion_fields(head, states, torch.tensor([3, 0, 10, 3, 5]), in_chunks)["log_probs"].sum().backward()
+    assert seen == calls and states.grad.norm() > 0

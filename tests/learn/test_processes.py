@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import make_model
 from safetensors.torch import load_file
 from tiny_runs import trainer
 
 from steer_adapter.errors import ConfigError
 from steer_adapter.learn.checkpoints import last_complete
-from steer_adapter.learn.processes import agreed, check_processes, is_sharded
+from steer_adapter.learn.processes import agreed, check_processes, gathered, is_sharded
 
 
 TESTS = str(Path(__file__).parent.parent)
@@ -167,9 +170,43 @@ def test_training_a_sharded_model(tmp_path):
     assert norms == pytest.approx([e["vector_norm"] for e in one.state.log_history if "vector_norm" in e], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_deepspeed(tmp_path, base_dir):
+    """By way of the config that is shipped. Some answers are longer than a chunk of logits, in one process only."""
+    pytest.importorskip("deepspeed")
+    values = yaml.safe_load((Path(TESTS).parent / "examples" / "accelerate" / "zero3.yaml").read_text())
+    values |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(values))
+    words = [" ".join(f"w{(i * k) % 60}" for k in range(320 if i % 3 == 0 else 5)) for i in range(1, 26)]
+    rows = [{"prompt": "w1 w2 ", "chosen": f" {words[i]}", "rejected": f" {words[i + 12]}"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train = [
+        "-m", "steer_adapter.cli", "train", "--model", base_dir(), "--data", tmp_path / "pairs.jsonl", "--layers", 1,
+        "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--learning_rate", 0.05, "--chat", "off",
+        "--per_device_train_batch_size", 2, "--use_cpu", True, "--bf16", False, "--output",
+    ]  # fmt: skip
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "zero3.yaml"]
+
+    def run(launcher, output, *more):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [str(word) for word in (*launcher, *train, tmp_path / output, *more)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return next(iter(load_file(tmp_path / output / "adapter_model.safetensors").values()))
+
+    sharded = run(accelerate, "sharded")
+    parallel = run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"], "parallel")
+    assert torch.allclose(sharded, parallel, atol=1e-4) and parallel.norm() > 0.1
+    shutil.rmtree(tmp_path / "sharded" / "checkpoints" / "checkpoint-4")
+    resumed = run(accelerate, "sharded", "--resume_from_checkpoint", "last")
+    assert torch.equal(resumed, sharded)
+
+
 def test_one_process_goes_by_itself():
     model = torch.nn.Linear(2, 2)
     assert agreed(model, lambda: 3) == 3 and not is_sharded(model)
+    with gathered(model):
+        assert not model._forward_pre_hooks
 
 
 def test_processes_that_are_not_joined(monkeypatch, tmp_path):
