@@ -20,7 +20,7 @@ from steer_adapter.shapes import text_config
 
 from .head import STATISTICS, Head, completion_fields, find_backbone, replaced_forward, run_backbone
 from .prefix import Prefix
-from .processes import is_partitioned
+from .processes import is_sharded
 from .sharing import Layout, in_fixed_order, plain_layout, shared_layout
 from .tree_attention import NotServed, TreeMasks, attending_within_trees
 
@@ -71,8 +71,8 @@ class PairForward:
             self.prefix.prepare(layout)
         states, head = self._run(model, {**kwargs, **inputs}, layout)
         picked = states.flatten(0, 1)[layout.sources.to(states.device)]
-        # All processes run a module as often: DeepSpeed gathers its weights each time, from all of them.
-        targets, in_chunks = layout.targets.to(states.device), not is_partitioned(model)
+        # Of a sharded model all processes run each module equally often: its weights are gathered from all of them.
+        targets, in_chunks = layout.targets.to(states.device), not is_sharded(model)
         fields = completion_fields(head, picked, targets, in_chunks)
         rows, columns = order[layout.rows].to(states.device), layout.columns.to(states.device)
         shape = (labels.shape[0], labels.shape[1] - 1)

@@ -34,12 +34,7 @@ def check_processes() -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold a part of each parameter (FSDP2, tensor parallelism, DeepSpeed ZeRO-3)."""
-    return is_partitioned(model) or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether it is DeepSpeed ZeRO-3 that holds the parts."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextmanager

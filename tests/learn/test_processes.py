@@ -106,7 +106,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import make_model
 from tiny_runs import trainer
+from steer_adapter.learn import head
 
+head.CHUNK = 3  # of which the processes would need more or fewer
 folder, resume = Path(sys.argv[1]), sys.argv[2:]
 run = trainer(folder, make_model(), per_device_train_batch_size=2, max_steps=6, learning_rate=None,
               save_strategy="steps", save_steps=3)
