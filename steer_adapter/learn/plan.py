@@ -138,12 +138,15 @@ def plan(shape: Shape, sizes: list[int], batch: int, processes: int, memory: int
     """
     cache = vectors * (sum(sizes) * shape.state + REFERENCE_BYTES * len(sizes))
     tokens = sum(sorted(sizes)[-batch:])
-    step = tokens * (shape.above + shape.working) + shape.logits
+    layers = tokens * (shape.above + shape.working)
+    step = layers + shape.logits
+    # Its logits are not made in chunks; how many of the tokens are an answer's is not known here.
+    whole_step = layers + shape.logits * max(tokens, CHUNK) // CHUNK
     # Two layers at a time are whole, and what is outside the layers is so through the step.
     sharded = shape.weights // processes + 2 * shape.layer + shape.outside
     in_memory = cache <= memory
     return {
         "one": Need(shape.weights + step, cache if in_memory else 0, 0 if in_memory else cache),
         "parallel": Need(shape.weights + step, 0, cache),
-        "sharded": Need(sharded + step, processes * shape.weights, 0),
+        "sharded": Need(sharded + whole_step, processes * shape.weights, 0),
     }

@@ -79,6 +79,8 @@ def test_three_ways():
     assert (needs["one"].host, needs["one"].disk) == (cache, 0)
     assert (needs["parallel"].host, needs["parallel"].disk) == (0, cache)
     assert needs["sharded"].device == shape.weights // 4 + 2 * shape.layer + shape.outside + step
+    long = plan(shape, [1024, 7], batch=1, processes=4, memory=0)  # two chunks of logits, made at once
+    assert long["sharded"].device - needs["sharded"].device == 974 * (shape.above + shape.working) + shape.logits
     assert (needs["sharded"].host, needs["sharded"].disk) == (4 * shape.weights, 0)
     assert shape.outside + 4 * shape.layer == shape.weights
 
