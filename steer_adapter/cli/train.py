@@ -144,6 +144,8 @@ def run(argv: Sequence[str]) -> None:
         if speaks:
             for folder in (*(Path(config.output_dir) / vector.name for vector in vectors), config.output_dir, output):
                 remove_if_empty(folder)
+    # Left to the end of the interpreter, the threads of several processes' connections abort it now and then.
+    PartialState().destroy_process_group()
     if not speaks:
         return
     if len(vectors) > 1:

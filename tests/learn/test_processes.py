@@ -94,6 +94,7 @@ dist.barrier()
 files = [load_file(f"{{folder}}/{{name}}/adapter_model.safetensors") for name in ("whole", "sharded")]
 assert files[0].keys() == files[1].keys() and all(torch.equal(v, files[1][k]) for k, v in files[0].items())
 open(f"{{folder}}/done{{rank}}", "w").close()
+dist.destroy_process_group()
 """
 # accelerate prepares no model for FSDP on a CPU by itself, so it is told that this was asked for.
 TRAINER = f"""
@@ -131,6 +132,7 @@ run.save_model(str(folder / "final"))
 if run.is_world_process_zero():
     logged = [entry["vector_norm"] for entry in run.state.log_history if "vector_norm" in entry]
     torch.save([run.args.learning_rate, logged], folder / "logged.pt")
+torch.distributed.destroy_process_group()
 """
 
 
