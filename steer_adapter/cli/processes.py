@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from accelerate import PartialState
@@ -17,6 +18,16 @@ def one_speaks() -> bool:
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     return False
+
+
+def end_processes() -> None:
+    """Close the connections between processes, once nothing trains any more.
+
+    Threads of connections that are still there when the interpreter ends abort it now and then: whatever holds them
+    (DistributedDataParallel, in a cycle) is collected first.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 def all_of(trainer: Any, dataset: Any) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from steer_adapter.tuner.facts import renew_cards
 
 from .models import DTYPES, chat_or_plain, is_adapter, load_model, load_tokenizer
 from .output import check_output, remove_if_empty, written_whole
-from .processes import all_of, one_speaks
+from .processes import all_of, end_processes, one_speaks
 from .run_file import run_options, write_run_file
 from .vectors import Vector, comparison, vectors_of
 
@@ -144,8 +144,7 @@ def run(argv: Sequence[str]) -> None:
         if speaks:
             for folder in (*(Path(config.output_dir) / vector.name for vector in vectors), config.output_dir, output):
                 remove_if_empty(folder)
-    # Left to the end of the interpreter, the threads of several processes' connections abort it now and then.
-    PartialState().destroy_process_group()
+    end_processes()
     if not speaks:
         return
     if len(vectors) > 1:

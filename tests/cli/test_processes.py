@@ -22,6 +22,18 @@ ROWS = [
     for i in range(12)
 ]
 
+# A thread of a connection that lives on may abort the process at its end.
+SCRIPT = """
+import sys
+from pathlib import Path
+from steer_adapter import cli
+
+code = cli.main(sys.argv[1:])
+threads = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").glob("*")]
+assert not [name for name in threads if "gloo" in name], threads
+sys.exit(code)
+"""
+
 
 @pytest.fixture
 def command(base_dir, tmp_path):
@@ -41,10 +53,13 @@ def one(command: list[str], output: str) -> None:
 def two(command: list[str], output: str, logs: str) -> list[str]:
     """Runs two processes; what each of them prints."""
     launcher = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--log-dir", logs]
-    run = [sys.executable, "-m", "torch.distributed.run", *launcher, "--redirects", "3", "-m", "steer_adapter.cli"]
+    script = Path(logs).with_suffix(".py")
+    script.write_text(SCRIPT)
+    run = [sys.executable, "-m", "torch.distributed.run", *launcher, "--redirects", "3", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--per-device-train-batch-size", "2"]
-    subprocess.run([*run, *command, output, *options], capture_output=True, env=environment, timeout=300)
+    done = subprocess.run([*run, *command, output, *options], capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     printed = []
     for rank in "01":
         files = [f"{folder}/{name}" for folder, _, names in os.walk(logs) for name in names if folder.endswith(rank)]

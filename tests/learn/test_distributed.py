@@ -21,9 +21,9 @@ SCRIPT = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
-from accelerate import PartialState
 from conftest import make_model
 from tiny_runs import trainer
+from steer_adapter.cli.processes import end_processes
 from steer_adapter.learn.cache import StateCache
 from steer_adapter.learn.prefix_cache import keys_of, one_pair
 
@@ -53,7 +53,8 @@ run.compute_loss, StateCache.put, StateCache.get = compute_loss, spy_put, spy_ge
 run.train()
 run.save_model(str(folder / "final"))
 (folder / f"seen{{run.args.process_index}}.json").write_text(json.dumps(seen))
-PartialState().destroy_process_group()
+del run, step
+end_processes()
 """
 TORCHRUN = [
     "torch.distributed.run",

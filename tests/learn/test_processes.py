@@ -23,7 +23,7 @@ from steer_adapter.learn.processes import agreed, check_processes, gathered, is_
 
 TESTS = str(Path(__file__).parent.parent)
 DIRECT = f"""
-import sys
+import os, sys
 sys.path.insert(0, {TESTS!r})
 import torch, torch.distributed as dist
 from conftest import layers_of, make_model, random_vectors, set_vectors
@@ -95,10 +95,12 @@ files = [load_file(f"{{folder}}/{{name}}/adapter_model.safetensors") for name in
 assert files[0].keys() == files[1].keys() and all(torch.equal(v, files[1][k]) for k, v in files[0].items())
 open(f"{{folder}}/done{{rank}}", "w").close()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # FSDP keeps the threads of connections alive, and they abort the interpreter's end now and then
 """
 # accelerate prepares no model for FSDP on a CPU by itself, so it is told that this was asked for.
 TRAINER = f"""
-import sys
+import os, sys
 sys.path.insert(0, {TESTS!r})
 from pathlib import Path
 import torch
@@ -133,6 +135,8 @@ if run.is_world_process_zero():
     logged = [entry["vector_norm"] for entry in run.state.log_history if "vector_norm" in entry]
     torch.save([run.args.learning_rate, logged], folder / "logged.pt")
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # FSDP keeps the threads of connections alive, and they abort the interpreter's end now and then
 """
 
 
