@@ -8,12 +8,13 @@ made a chunk at a time and the gradient of each token's log-probability along wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 
@@ -48,15 +49,8 @@ class _Fields(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, targets: torch.Tensor, head: Head, size: int
     ) -> tuple[torch.Tensor, ...]:
         wanted = ctx.needs_input_grad[0]
-        fields, gradients = [], []
-        for chunk, target in zip(states.detach().split(size), targets.split(size), strict=True):
-            with torch.set_grad_enabled(wanted):
-                chunk.requires_grad_(wanted)
-                logits = head(chunk)
-            values, slope = logits_fields(logits.detach(), target, wanted)
-            fields.append(values)
-            if wanted:
-                gradients += torch.autograd.grad(logits, chunk, slope)
+        parts = zip(states.detach().split(size), targets.split(size), strict=True)
+        fields, gradients = zip(*(_chunk(head, *part, wanted) for part in parts), strict=True)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         log_probs, *others = (torch.cat(parts) for parts in zip(*fields, strict=True))
@@ -69,11 +63,38 @@ class _Fields(torch.autograd.Function):
         return (gradients[0][:, None] * slope).to(slope.dtype), None, None, None
 
 
-def logits_fields(
-    logits: torch.Tensor, targets: torch.Tensor, with_slope: bool
+def _chunk(
+    head: Head, states: torch.Tensor, targets: torch.Tensor, wanted: bool
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """The statistics of logits `[K, V]`, `[K]` each, and d log p(target) / d logits, `[K, V]`, if asked for."""
-    slope = torch.empty_like(logits) if with_slope else None
+    """The statistics of some tokens, and d log p / d states `[k, H]` if wanted; their logits are gone then."""
+    kept = [states]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.set_grad_enabled(wanted), saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = head(states.requires_grad_(wanted))
+    slope = None
+    if wanted:  # it takes the place of the logits, unless the head's own gradient is computed from them (a tanh's is)
+        slope = torch.empty_like(logits) if _may_share_memory(logits, kept) else logits.detach()
+    values = logits_fields(logits.detach(), targets, slope)
+    return values, torch.autograd.grad(logits, states, slope)[0] if wanted else None
+
+
+def _may_share_memory(tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> bool:
+    tensors = (tensor, *others)
+    if any(type(each) not in (torch.Tensor, nn.Parameter) for each in tensors):
+        return True  # of a sharded or quantized tensor nobody can say
+    place, *places = (each.untyped_storage().data_ptr() for each in tensors)
+    return place in places
+
+
+def logits_fields(
+    logits: torch.Tensor, targets: torch.Tensor, slope: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The statistics of logits `[K, V]`, `[K]` each. d log p(target) / d logits is written to `slope`, `[K, V]`, which
+    may be the logits themselves."""
     rows = max(1, BLOCK_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
     parts = []
     for start in range(0, len(logits), rows):
@@ -93,7 +114,7 @@ def logits_fields(
         if slope is not None:
             probabilities.neg_().scatter_add_(1, target, torch.ones_like(largest))
             slope[start : start + rows] = probabilities
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True)), slope
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def run_backbone(model: PreTrainedModel, backbone: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:

@@ -38,14 +38,15 @@ def test_the_head_is_the_architectures_own(name):
     assert "forward" not in backbone.__dict__
 
 
-def test_fields_and_gradient_written_out(monkeypatch):
+@pytest.mark.parametrize("cap", [torch.tanh, lambda x: 2 * torch.tanh(x), lambda x: x, lambda x: 3 * x], ids=range(4))
+def test_fields_and_gradient_written_out(monkeypatch, cap):
     monkeypatch.setattr(module, "CHUNK", 2)
     monkeypatch.setattr(module, "BLOCK_BYTES", 1)
     torch.manual_seed(0)
     weight, targets = torch.randn(11, 4, dtype=torch.float64), torch.tensor([3, 0, 10, 3, 5])
     states = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    fields = completion_fields(lambda h: 2 * torch.tanh(h @ weight.T), states, targets)
-    logits = 2 * torch.tanh(states @ weight.T)
+    fields = completion_fields(lambda h: cap(h @ weight.T), states, targets)
+    logits = cap(states @ weight.T)
     logs = logits.log_softmax(-1)
     wanted = {
         "log_probs": logs[range(5), targets],
@@ -63,8 +64,32 @@ def test_fields_and_gradient_written_out(monkeypatch):
     assert not fields["entropy"].requires_grad and not fields["is_top1"].requires_grad
 
 
-def test_no_slope_unless_asked_for():
-    assert logits_fields(torch.randn(3, 7), torch.tensor([1, 2, 3]), with_slope=False)[1] is None
+@pytest.mark.parametrize(("cap", "copies"), [(torch.tanh, 2), (lambda x: 3 * x, 1), (lambda x: x, 1)], ids=range(3))
+def test_logits_are_held_once_unless_the_head_needs_them(monkeypatch, cap, copies):
+    seen = []
+
+    def fields(logits, targets, slope):
+        seen.extend({logits.data_ptr(), slope.data_ptr()})
+        return logits_fields(logits, targets, slope)
+
+    monkeypatch.setattr(module, "logits_fields", fields)
+    states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
+    completion_fields(lambda h: cap(h @ weight.T), states, torch.tensor([3, 0, 10, 3, 5]))
+    assert len(seen) == copies
+
+
+def test_states_that_are_the_logits_stay_as_they_are():
+    states = torch.randn(5, 4, requires_grad=True)
+    before = states.detach().clone()
+    completion_fields(lambda h: h, states, torch.tensor([3, 0, 1, 3, 2]))
+    assert torch.equal(states, before)
+
+
+def test_logits_stay_as_they_are_without_a_gradient():
+    logits = torch.randn(3, 7)
+    before = logits.clone()
+    logits_fields(logits, torch.tensor([1, 2, 3]))
+    assert torch.equal(logits, before)
 
 
 def test_a_forward_is_put_back_after_an_error():
