@@ -30,8 +30,11 @@ from transformers import (
 )
 
 
-# Workers of `pytest -n` share the cores; more threads than cores make torch several times slower.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# Workers of `pytest -n` share the cores, with the commands that they start; more threads than cores make torch several
+# times slower.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 4
 COMMON = dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4)

@@ -48,44 +48,50 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_the_vector_is_bitwise_the_same(tmp_path):
-    whole = start(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stops, and its seconds."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder)
     began = time.time()
-    assert whole.wait() == 0
-    length = time.time() - began
+    assert process.wait() == 0
+    return folder, time.time() - began
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_vector_is_bitwise_the_same(tmp_path, whole):
+    (folder, length), cut = whole, tmp_path / "cut"
     draw, kills = random.Random(int(os.environ.get("STEER_ADAPTER_SEED", "0"))), 0
     while kills < KILLS:
-        process = start(tmp_path / "cut")
+        process = start(cut)
         try:
             process.wait(draw.uniform(0, length / 3))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             kills += 1
         if process.wait() == 0:  # done before the last kill: once more from the start
-            assert same(tmp_path)
-            subprocess.run(["rm", "-r", str(tmp_path / "cut")], check=True)
-    assert start(tmp_path / "cut").wait() == 0
-    assert same(tmp_path)
+            assert same(folder, cut)
+            subprocess.run(["rm", "-r", str(cut)], check=True)
+    assert start(cut).wait() == 0
+    assert same(folder, cut)
 
 
-def same(tmp_path: Path) -> bool:
-    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
-    return all(torch.equal(whole[key], cut[key]) for key in whole) and bool(next(iter(whole.values())).any())
+def same(one: Path, other: Path) -> bool:
+    wanted, received = final(one), final(other)
+    return all(torch.equal(wanted[key], received[key]) for key in wanted) and bool(next(iter(wanted.values())).any())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_writes_a_checkpoint(tmp_path, number):
-    assert start(tmp_path / "whole").wait() == 0
-    process = start(tmp_path / "cut")
-    while not (tmp_path / "cut" / "out" / "checkpoint-4").exists():
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(tmp_path, whole, number):
+    process = start(tmp_path)
+    while not (tmp_path / "out" / "checkpoint-4").exists():
         time.sleep(0.001)
     process.send_signal(number)
     assert process.wait() != 0
-    assert not (tmp_path / "cut" / "final").exists()
-    assert start(tmp_path / "cut").wait() == 0
-    assert same(tmp_path)
+    assert not (tmp_path / "final").exists()
+    assert start(tmp_path).wait() == 0
+    assert same(whole[0], tmp_path)
 
 
 def test_a_full_disk_names_the_checkpoint_to_resume_from(tmp_path, monkeypatch):
